@@ -1,0 +1,56 @@
+# The job as a container: docker build --build-arg VARIANT=gpu --tag trainer .
+#   docker run --gpus=all --shm-size=1g -v "$PWD/pictures:/data:ro" -v "$PWD/out:/job" --user "$(id -u):$(id -g)" \
+#     trainer --data_dir=/data --job_dir=/job --require_gpu
+# The second entry point serves what came out, also to Vertex AI (deploy/README.md):
+#   docker run -p 8080:8080 -v "$PWD/out:/job" --entrypoint python trainer \
+#     -m trainer.serve --model_dir=/job/saved_model --host=0.0.0.0
+# It needs nothing but a writable /tmp and job_dir: --read-only --tmpfs=/tmp --cap-drop=ALL.
+#
+# A plain Python with CUDA from pip, and no image of TensorFlow's: tensorflow/tensorflow:2.18.0-gpu lacked cuDNN 9 and ran
+# on the CPU without a word (https://github.com/tensorflow/tensorflow/issues/81344). The driver comes from the host.
+# Any base with Python 3.11 to 3.13 and its venv will do; in production name one by digest.
+ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS packages
+ARG VARIANT=cpu
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+WORKDIR /build
+COPY setup.py constraints.txt ./
+# pip stays outside the environment that it fills. The package itself is an empty stand-in here, for a change of code is
+# not to install TensorFlow again; setup.py still says what the job depends on.
+RUN case "${VARIANT}" in cpu | gpu) ;; *) echo "VARIANT is '${VARIANT}': expected cpu or gpu" >&2; exit 2 ;; esac \
+    && python3 -m venv pip \
+    && python3 -m venv --without-pip /opt/venv \
+    && mkdir trainer \
+    && touch trainer/__init__.py \
+    && pip/bin/pip --python /opt/venv/bin/python3 install --constraint constraints.txt ".[${VARIANT}]" \
+    && pip/bin/pip --python /opt/venv/bin/python3 uninstall --yes picture-trainer
+
+FROM ${BASE_IMAGE}
+COPY --from=packages /opt/venv /opt/venv
+WORKDIR /app
+# What caches, looks for a home or leaves bytecode does so in /tmp, the one writable place. `compute` and `utility` are
+# what CUDA needs of the driver; which GPUs there are is for the caller to say, not for the image.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONPATH=/app \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp \
+    KERAS_HOME=/tmp/keras \
+    MPLCONFIGDIR=/tmp/matplotlib \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY deploy/flags deploy/flags
+COPY trainer trainer
+# By number, so that Kubernetes can see that it is not root (runAsNonRoot); any other number will do as well.
+USER 65532:65532
+HEALTHCHECK NONE
+# The exec form: Python is process 1 and gets the SIGTERM on which the job saves and ends with 143.
+ENTRYPOINT ["python3", "-m", "trainer.task"]
+
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="picture-trainer" \
+      org.opencontainers.image.description="From a folder of pictures to a classifier that can be served: one distributed training job." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"

@@ -1,0 +1,128 @@
+"""Packed shards are the folder they came from: the same pictures, split and batches; whole, resumable, checked."""
+
+import os
+
+import numpy as np
+import pytest
+from conftest import write_pictures
+from test_buckets import same_folder, upload
+
+from trainer import data, examples, pack, shards, storage
+from trainer.errors import UserError
+
+SHARD_BYTES = 20_000
+
+
+@pytest.fixture
+def folder(tmp_path):
+    directory = write_pictures(tmp_path / "data", {"cat": 30, "dog": 25})
+    (directory / "dog" / "empty.jpg").write_bytes(b"")
+    (directory / "dog" / "again.jpg").write_bytes((directory / "dog" / "dog_000.jpg").read_bytes())
+    return str(directory)
+
+
+def make(folder: str, output_dir: str, read=None) -> int:
+    found = examples.read_folder(folder)
+    read = read or (lambda path: shards.read(folder, path))
+    return pack.pack(found, read, output_dir, shard_bytes=SHARD_BYTES)
+
+
+def contents_of(directory) -> dict[str, bytes]:
+    return {name: storage.read(f"{directory}/{name}") for name in storage.list_names(str(directory))}
+
+
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+def test_shards_are_the_folder_they_came_from(folder, tmp_path, bucket_url, where):
+    source = upload(tmp_path / "data", f"{bucket_url}/data") if where == "bucket" else folder
+    packed = f"{bucket_url}/packed" if where == "bucket" else str(tmp_path / "packed")
+    assert make(source, packed) > 3
+    found = examples.read_folder(packed)
+    original = examples.read_folder(folder)
+    same_folder(found, original)
+    sides = [examples.split(one.examples, 0.2) for one in (found, original)]
+    assert examples.fingerprint(sides[0], found.class_names) == examples.fingerprint(sides[1], found.class_names)
+    read = shards.stage(found.pack, "", lambda count: None)
+    for path in original.examples.paths:
+        expected = storage.read(f"{folder}/{path}")
+        assert read(path) == expected
+        assert shards.read(packed, path) == expected
+
+
+def test_the_same_folder_gives_the_same_bytes_in_any_tool_that_reads_tfrecord(folder, tmp_path):
+    import tensorflow as tf
+
+    for name in ("one", "two"):
+        make(folder, str(tmp_path / name))
+    assert contents_of(tmp_path / "one") == contents_of(tmp_path / "two")
+    files = sorted(str(path) for path in (tmp_path / "one").glob("*.tfrecord"))
+    labels = {}
+    for serialized in tf.data.TFRecordDataset(files):
+        feature = tf.train.Example.FromString(serialized.numpy()).features.feature
+        name = feature["image/filename"].bytes_list.value[0].decode()
+        labels[name] = feature["image/class/text"].bytes_list.value[0].decode()
+    assert len(labels) == 56
+    assert all(name.startswith(label + "/") for name, label in labels.items())
+
+
+def test_an_interrupted_pack_goes_on_after_its_last_whole_shard(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "WRITTEN_TOGETHER", 4)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    make(folder, str(whole))
+    asked = []
+
+    def read(path):
+        asked.append(path)
+        if len(asked) == 30:
+            raise ZeroDivisionError
+        return shards.read(folder, path)
+
+    with pytest.raises(ZeroDivisionError):
+        make(folder, str(broken), read)
+    assert shards.find(str(broken)) is None
+    done = {path.name: path.stat().st_mtime_ns for path in broken.glob("*.tfrecord")}
+    assert 0 < len(done) < len(list(whole.glob("*.tfrecord")))
+    make(folder, str(broken), read)
+    assert {name: os.stat(broken / name).st_mtime_ns for name in done} == done
+    assert contents_of(broken) == contents_of(whole)
+
+
+def test_a_damaged_shard_is_noticed_and_mended(folder, tmp_path):
+    packed = tmp_path / "packed"
+    make(folder, str(packed))
+    before = contents_of(packed)
+    found = examples.read_folder(str(packed))
+    damaged = next(iter(found.pack.records))
+    path = packed / shards.shard_name(damaged.shard)
+    contents = bytearray(path.read_bytes())
+    contents[damaged.offset + 40] ^= 1
+    path.write_bytes(contents)
+    read = shards.stage(found.pack, "", lambda count: None)
+    assert [record.path for record in found.pack.records if not read(record.path)] == [damaged.path]
+    make(folder, str(packed))
+    assert contents_of(packed) == before
+    (packed / shards.shard_name(0).replace(".tfrecord", ".csv")).unlink()
+    shards.find.cache_clear()
+    with pytest.raises(UserError, match=r"holds \d+ of 56 pictures .* run trainer.pack again"):
+        examples.read_folder(str(packed))
+
+
+def test_other_pictures_are_not_mixed_into_a_pack(folder, tmp_path):
+    make(folder, str(tmp_path / "packed"))
+    os.remove(f"{folder}/cat/cat_001.jpg")
+    with pytest.raises(UserError, match="holds shards of other pictures"):
+        make(folder, str(tmp_path / "packed"))
+
+
+def test_batches_from_shards_are_those_of_the_folder(folder, tmp_path):
+    make(folder, str(tmp_path / "packed"))
+    pictures = examples.read_folder(folder).examples
+    read = shards.stage(examples.read_folder(str(tmp_path / "packed")).pack, "", lambda count: None)
+    tables = [
+        data.decode_all(files, "", lambda count: None)
+        for files in (
+            data.Files(folder, pictures.paths, 32, print),
+            data.Files("", pictures.paths, 32, print, read),
+        )
+    ]
+    np.testing.assert_array_equal(tables[0].rows, tables[1].rows)
+    np.testing.assert_array_equal(tables[0].is_readable, tables[1].is_readable)

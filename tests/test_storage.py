@@ -1,0 +1,116 @@
+"""Files and saves are whole or absent, and damage is noticed."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from trainer import checkpoint, features, storage
+from trainer.train import Outputs
+
+
+def test_a_write_that_fails_leaves_what_stood_there_and_nothing_beside_it(tmp_path):
+    path = str(tmp_path / "a.json")
+    storage.write_json(path, {"a": 1})
+    with pytest.raises(ZeroDivisionError), storage.whole(path) as temporary:
+        storage.write_whole(temporary, b"half of it")
+        raise ZeroDivisionError
+    assert storage.read_json(path) == {"a": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_reader_never_sees_half_of_a_file(tmp_path):
+    path = str(tmp_path / "a")
+    contents = [bytes([i]) * 2_000_000 for i in range(2)]
+    storage.write_whole(path, contents[0])
+    done = threading.Event()
+
+    def write():
+        for i in range(40):
+            storage.write_whole(path, contents[i % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = 0
+    while not done.is_set():
+        assert storage.read(path) in contents
+        seen += 1
+    writer.join()
+    assert seen
+
+
+def test_a_folder_takes_the_place_of_the_one_before(tmp_path):
+    directory = str(tmp_path / "model")
+    for text in ("one", "two"):
+        with storage.whole_tree(directory) as temporary:
+            os.mkdir(temporary)
+            storage.write_whole(f"{temporary}/{text}", text)
+    assert os.listdir(directory) == ["two"]
+    with pytest.raises(ZeroDivisionError), storage.whole_tree(directory) as temporary:
+        os.mkdir(temporary)
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == ["model"]
+    assert os.listdir(directory) == ["two"]
+
+
+def save(directory, number):
+    saver = checkpoint.Saver(str(directory))
+    saver.save({"w/x": np.arange(1000.0) + number}, {"number": number})
+    saver.wait()
+
+
+def test_the_newest_save_comes_back_as_it_was_and_two_are_kept(tmp_path):
+    assert checkpoint.newest(str(tmp_path)) is None
+    for number in range(4):
+        save(tmp_path, number)
+    newest = checkpoint.newest(str(tmp_path))
+    assert newest.state == {"number": 3}
+    np.testing.assert_array_equal(newest.arrays["w/x"], np.arange(1000.0) + 3)
+    assert sorted(os.listdir(tmp_path)) == ["000003.npz", "000004.npz"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
+def test_a_damaged_save_is_set_aside_and_the_one_before_is_used(tmp_path, damage):
+    for number in range(2):
+        save(tmp_path, number)
+    path = tmp_path / "000002.npz"
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes({"cut": contents[:-300], "flip": contents, "empty": b"", "text": b"text"}[damage])
+    assert checkpoint.newest(str(tmp_path)).state == {"number": 0}
+    assert sorted(os.listdir(tmp_path)) == ["000001.npz", "000002.npz.damaged"]
+    save(tmp_path, 5)
+    assert checkpoint.newest(str(tmp_path)).state == {"number": 5}
+
+
+def test_a_save_that_cannot_be_written_is_told_by_the_next_one(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    saver = checkpoint.Saver(str(file / "checkpoints"))
+    saver.save({}, {})
+    with pytest.raises(OSError, match="file"):
+        saver.wait()
+
+
+def test_features_are_computed_once_and_damaged_ones_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "EXAMPLES_PER_PART", 4)
+    asked = []
+
+    def compute(start, stop):
+        asked.append((start, stop))
+        return Outputs(np.arange(start, stop, dtype=np.float32)[:, None], np.ones(stop - start, bool))
+
+    def get(name="k"):
+        return features.compute_once(str(tmp_path), name, 10, compute, is_chief=True).values.ravel().tolist()
+
+    assert get() == list(range(10))
+    assert asked == [(0, 4), (4, 8), (8, 10)]
+    assert get() == list(range(10))
+    assert len(asked) == 3
+    (tmp_path / "features-k-000000004.npz").write_bytes(b"damaged")
+    assert get() == list(range(10))
+    assert asked[3:] == [(4, 8)]
+    get(features.key("other"))
+    assert len(asked) == 7

@@ -1,0 +1,86 @@
+"""tfds:NAME@DIR, with a dataset that the test prepares itself: its class names, its split, its names of pictures."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import run_command, write_pictures
+from test_buckets import upload
+
+from trainer import examples, splits, storage, tfds_folder
+from trainer.errors import UserError
+
+PREPARE = """
+import sys
+import tensorflow_datasets as tfds
+
+class Beasts(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    SPLITS = ("train", "validation", "test")
+
+    def _info(self):
+        labels = tfds.features.ClassLabel(names=["wolf", "bear"])
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
+            {"image": tfds.features.Image(), "file_name": tfds.features.Text(), "label": labels}))
+
+    def _split_generators(self, manager):
+        return {name: self._generate_examples(f"{sys.argv[1]}/{name}") for name in self.SPLITS}
+
+    def _generate_examples(self, directory):
+        import pathlib
+        for path in sorted(pathlib.Path(directory).rglob("*.jpg")):
+            yield path.name, {"image": str(path), "file_name": path.name, "label": path.parent.name}
+
+class MoreBeasts(Beasts):
+    SPLITS = ("train",)
+
+for builder in (Beasts, MoreBeasts):
+    builder(data_dir=sys.argv[2]).download_and_prepare()
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with two prepared datasets: `beasts` of train, validation and test, `more_beasts` of train alone."""
+    root = tmp_path_factory.mktemp("tfds")
+    for seed, name in enumerate(("train", "validation", "test")):
+        write_pictures(root / "source" / name, {"bear": 5, "wolf": 6}, seed=seed)
+    command = [sys.executable, "-c", PREPARE, root / "source", root / "prepared"]
+    subprocess.run(command, check=True, capture_output=True)
+    return root
+
+
+@pytest.mark.slow
+def test_a_dataset_gives_its_classes_its_split_and_its_names(prepared, tmp_path, bucket_url):
+    url = upload(prepared / "prepared", f"{bucket_url}/tfds")
+    directory = str(tmp_path / "pictures")
+    tfds_folder.lay_out(f"tfds:beasts@{url}", directory)
+    folder = examples.read_folder(directory)
+    sides = splits.choose(folder, validation_split=0.2, split_file="")
+    assert folder.class_names == ("bear", "wolf")
+    assert (len(sides.training), len(sides.validation)) == (11, 11)
+    for side, name in ((sides.training, "train"), (sides.validation, "validation")):
+        for path in side.paths:
+            original = "/".join(path.split("/")[1:])
+            assert storage.read(f"{directory}/{path}") == storage.read(f"{prepared}/source/{name}/{original}")
+
+
+@pytest.mark.slow
+def test_a_dataset_without_a_validation_split_is_split_by_content(prepared, tmp_path):
+    address = f"--data_dir=tfds:more_beasts@{prepared / 'prepared'}"
+    shown = run_command("trainer.task", address, f"--job_dir={tmp_path}", "--dry_run", "--batch_size=2")
+    assert shown.returncode == 0, shown.stderr
+    assert "9 to train on, 2 to validate" in shown.stdout
+
+
+@pytest.mark.slow
+def test_a_dataset_that_is_not_there_is_told_with_how_to_prepare_it(prepared, tmp_path):
+    for address, said in (
+        (f"tfds:beasts@{tmp_path}", f"not prepared .*tfds build beasts --data_dir={tmp_path}"),
+        ("tfds:no_such_dataset_at_all", "is not prepared and cannot be downloaded .*tfds build no_such_dataset_at_all"),
+        ("tfds:", "names no dataset"),
+    ):
+        with pytest.raises(UserError, match=said):
+            # in this process: the other tests show that the errors of another one arrive
+            (tfds_folder._lay_out if address != "tfds:" else tfds_folder.lay_out)(address, str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()

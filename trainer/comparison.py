@@ -1,0 +1,53 @@
+"""Several models on the same pictures, side by side: which is better, and whether the pictures can tell.
+
+Reads what trainer.evaluate left of each model; N pictures that all of them could read.
+"""
+
+import itertools
+import os
+from typing import Any
+
+from trainer import page, record, scoring, storage, thumbnails
+from trainer.record import Record
+
+SIGNIFICANT = 0.05
+_MAX_SHOWN = 24
+
+
+def write(report_dir: str, folders: list[str]) -> dict[str, Any]:
+    """Writes comparison.json and index.html into `report_dir`, of the evaluations in its `folders`; returns the former.
+
+    Pictures that one of the models could not read are left out of the comparison, not of that model's own report.
+    """
+    runs = [record.read(os.path.join(report_dir, folder)) for folder in folders]
+    answers = [{row["path"]: row for row in run.predictions} for run in runs]
+    paths = [path for path in answers[0] if all(path in others for others in answers)]
+    correct = [[of_model[path]["correct"] for path in paths] for of_model in answers]
+    models = [_model(run, folder, right) for run, folder, right in zip(runs, folders, correct, strict=True)]
+    pairs = []
+    for (i, first), (j, second) in itertools.combinations(enumerate(correct), 2):
+        pairs.append({"first": i, "second": j, **scoring.compare(first, second)._asdict()})
+    for pair, p_value in zip(pairs, scoring.holm([pair["p_value"] for pair in pairs]), strict=True):
+        pair |= {"p_value_holm": p_value, "is_significant": p_value < SIGNIFICANT}
+    result = {"images": len(paths), "models": models, "pairs": pairs}
+    storage.write_json(os.path.join(report_dir, "comparison.json"), result)
+    differing = [path for path, right in zip(paths, zip(*correct, strict=True), strict=True) if len(set(right)) > 1]
+    shown = thumbnails.with_images(runs[0], [answers[0][path] for path in differing[:_MAX_SHOWN]])
+    text = page.render(
+        "comparison.html",
+        data_dir=runs[0].flags["data_dir"],
+        **result,
+        num_differing=len(differing),
+        shown=[(row, [of_model[row["path"]] for of_model in answers]) for row in shown],
+    )
+    storage.write_whole(os.path.join(report_dir, "index.html"), text)
+    return result
+
+
+def _model(run: Record, folder: str, correct: list[bool]) -> dict[str, Any]:
+    low, high = scoring.wilson_interval(sum(correct), len(correct))
+    return {
+        **{"model_dir": run.flags["model_dir"], "folder": folder, "correct": sum(correct)},
+        **{"accuracy": sum(correct) / len(correct), "low": low, "high": high},
+        **{"balanced_accuracy": run.scores.balanced_accuracy, "calibration_error": run.calibration_error},
+    }

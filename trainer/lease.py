@@ -1,0 +1,122 @@
+"""One job at a time on a job_dir, local or in a bucket: a second one is told, and a dead one does not stand in the way."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+from absl import logging
+
+from trainer import storage
+from trainer.errors import UserError
+
+NAME = "lease.json"
+SECONDS = 60.0  # how long a lease in a bucket outlives its holder; it is renewed four times as often
+
+
+@contextlib.contextmanager
+def hold(directory: str, *, on_lost: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds `directory` for the block. Raises UserError if another live job holds it.
+
+    On a disk the operating system keeps the lock for as long as the process lives, so a killed one leaves none. In a
+    bucket it is an object that its holder writes again and again, each time in place of its own last one (generation
+    precondition); `on_lost` is called, on a thread, if another job has taken it meanwhile.
+    """
+    if storage.is_remote(directory):
+        with _hold_object(storage.join(directory, NAME), on_lost):
+            yield
+        return
+    with open(os.path.join(directory, NAME), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise _taken(directory, file.read().strip()) from None
+        file.truncate(0)
+        file.write(json.dumps(_holder()))
+        file.flush()
+        yield
+
+
+def _holder() -> dict:
+    return {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T%z")}
+
+
+def _taken(directory: str, holder: str) -> UserError:
+    return UserError(
+        f"Another job is at work in {directory} ({holder}): wait for its end, stop it, or pass another --job_dir."
+    )
+
+
+@contextlib.contextmanager
+def _hold_object(path: str, on_lost: Callable[[], None]) -> Iterator[None]:
+    from trainer import bucket
+
+    mine = json.dumps({**_holder(), "id": uuid.uuid4().hex}).encode()
+    generation = _take(path, mine)
+    is_over = threading.Event()
+
+    def renew() -> None:
+        nonlocal generation
+        while not is_over.wait(SECONDS / 4):
+            try:
+                generation = _write_own(path, mine, generation)
+            except FileExistsError:
+                logging.error("Another job has taken %s, since this one had not renewed it in time.", path)
+                on_lost()
+                return
+            except OSError as error:  # while nobody can write, nobody can take it either; what else fails will tell
+                logging.warning("%s cannot be renewed: %s", path, error.strerror)
+
+    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        with contextlib.suppress(OSError):  # it would run out by itself
+            bucket.remove(path, generation=generation, patience_seconds=SECONDS / 10)
+
+
+def _write_own(path: str, mine: bytes, generation: int) -> int:
+    """Writes the lease in place of that generation (0: of none); returns the new one. FileExistsError: it was another's."""
+    from trainer import bucket
+
+    try:
+        return bucket.write(path, mine, generation=generation, patience_seconds=SECONDS / 2).generation
+    except FileExistsError:
+        if storage.read(path) != mine:
+            raise
+        return bucket.find(path).generation  # an attempt whose answer was lost had done it
+
+
+def _take(path: str, mine: bytes) -> int:
+    """The generation of the lease once it is ours. Waits for as long as one that stands there may still be alive.
+
+    A live holder is known by its renewing it, so that no clock need agree with another.
+    """
+    from trainer import bucket
+
+    standing = bucket.find(path)
+    seen_at = time.monotonic()
+    if standing:
+        logging.warning("%s is held: waiting up to %.0f s to see whether its holder is alive.", path, SECONDS)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return _write_own(path, mine, standing.generation if standing and _is_over(seen_at) else 0)
+        now = bucket.find(path)
+        if now and standing and now.generation != standing.generation:
+            raise _taken(os.path.dirname(path), (storage.read(path) or b"").decode())
+        if now and not standing:
+            standing, seen_at = now, time.monotonic()
+        time.sleep(min(1.0, SECONDS / 20))
+
+
+def _is_over(seen_at: float) -> bool:
+    return time.monotonic() - seen_at >= SECONDS

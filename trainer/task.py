@@ -1,0 +1,394 @@
+"""Trains a classifier on a folder of pictures, one sub-folder per class, and exports it ready to serve.
+
+    python -m trainer.task --data_dir=pictures --job_dir=job
+        a head on ImageNet features, computed once: minutes, on a laptop too
+    python -m trainer.task --data_dir=pictures --job_dir=job --epochs=5
+        then fine-tunes the whole network
+    python -m trainer.task --data_dir=pictures --job_dir=job --dry_run
+        shows the plan and writes nothing
+    python -m trainer.task --flagfile=deploy/flags/article.flags --data_dir=pictures --job_dir=job
+        the recipe of the article this project grew out of
+
+Started again with the same flags, an interrupted job goes on where it was; a finished one says so.
+Exit codes: 0 done; 2 you must change something (one line says what); 143 stopped by a signal after saving, start it
+again; anything else: starting it again may help.
+"""
+
+import importlib.util
+import os
+import re
+import signal
+import tempfile
+import threading
+
+from absl import flags, logging
+
+from trainer import cluster, command, config, examples, metric_sink, splits, storage
+from trainer.config import Config
+from trainer.errors import UserError
+
+DEMO_PICTURES = "demo_pictures"
+
+
+def define_flags() -> None:
+    """One flag for each field of Config, with its default."""
+    string, integer, number, boolean, choice = (
+        *(flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float),
+        *(flags.DEFINE_boolean, flags.DEFINE_enum),
+    )
+    # pictures
+    string(
+        "data_dir",
+        Config.data_dir,
+        "Folder with one sub-folder of pictures per class, local or gs://; or what trainer.pack left; or tfds:NAME, "
+        "tfds:NAME@DIR of TensorFlow Datasets. Without it, a demo set is drawn.",
+    )
+    number("validation_split", Config.validation_split, "Share of each class that is held out to validate, by content.")
+    string(
+        "split_file",
+        Config.split_file,
+        "A split.csv of an earlier run: its split is used, instead of --validation_split.",
+    )
+    integer("image_size", Config.image_size, "Pixels to a side of what the network sees; 32 or more.")
+    integer(
+        "seed", Config.seed, "Of order, augmentation, dropout and fresh weights: same seed, same run.", lower_bound=0
+    )
+    number(
+        "max_bad_fraction",
+        Config.max_bad_fraction,
+        "Share of unreadable files above which the job refuses to start.",
+        lower_bound=0,
+        upper_bound=1,
+    )
+    integer(
+        "read_parallelism",
+        Config.read_parallelism,
+        f"Pictures read at once. 0: {examples.REMOTE_PARALLELISM} of a bucket, of a disk what suits the machine.",
+        lower_bound=0,
+        upper_bound=512,
+    )
+    integer(
+        "storage_timeout_secs",
+        Config.storage_timeout_secs,
+        "How long to keep asking a bucket that does not answer before the job ends (exit code 75: start it again).",
+        lower_bound=1,
+    )
+    choice(
+        "cache",
+        Config.cache,
+        ["auto", "memory", "disk", "none"],
+        "Where decoded pictures stay between the epochs of fine-tuning. auto: in memory if they fit half of what is free.",
+    )
+    string(
+        "cache_dir",
+        Config.cache_dir,
+        "Folder for features and decoded pictures, to share between jobs. Default: in job_dir.",
+    )
+    boolean(
+        "augment", Config.augment, "Random crops, flips and colours in fine-tuning; never in validation or serving."
+    )
+    # network
+    string(
+        "weights",
+        Config.weights,
+        "imagenet (downloaded by Keras), none (random), or the path of a weights file of "
+        "ResNet50 or of an earlier run.",
+    )
+    choice("head", Config.head, ["average", "flatten"], "What is between ResNet50 and the softmax layer.")
+    choice(
+        "preprocessing",
+        Config.preprocessing,
+        ["imagenet", "rescale"],
+        "imagenet: as Keras' weights expect; rescale: times 1/255, as in the article.",
+    )
+    choice(
+        "batch_norm",
+        Config.batch_norm,
+        ["auto", "frozen", "train"],
+        "The batch statistics in fine-tuning. auto: frozen on given weights, trained from random ones.",
+    )
+    number("dropout", Config.dropout, "Share of features dropped in training.", lower_bound=0, upper_bound=0.95)
+    boolean("summary", Config.summary, "Print the network, layer by layer.")
+    # recipe
+    integer("batch_size", Config.batch_size, "Pictures per step over all workers and devices.")
+    integer("head_epochs", Config.head_epochs, "Epochs of the head alone, on features computed once.", lower_bound=0)
+    integer("epochs", Config.epochs, "Epochs of the whole network after that.", lower_bound=0)
+    number("head_learning_rate", Config.head_learning_rate, "Peak learning rate of the head's epochs.")
+    number("learning_rate", Config.learning_rate, "Peak learning rate of the whole network's epochs.")
+    choice("optimizer", Config.optimizer, ["adam", "adamw", "sgd"], "Keras optimizer; sgd with momentum 0.9.")
+    choice(
+        "lr_schedule", Config.lr_schedule, ["constant", "cosine"], "From the peak learning rate on; cosine ends at 0."
+    )
+    number(
+        "warmup_epochs",
+        Config.warmup_epochs,
+        "Epochs of each stage in which the learning rate rises from 0.",
+        lower_bound=0,
+    )
+    number("weight_decay", Config.weight_decay, "Decoupled weight decay; 0: none (adamw: Keras' 0.004).", lower_bound=0)
+    number("clip_norm", Config.clip_norm, "Bound on the norm of the global batch's gradient; 0: none.", lower_bound=0)
+    number(
+        "label_smoothing",
+        Config.label_smoothing,
+        "Probability taken from the true class and spread.",
+        lower_bound=0,
+        upper_bound=0.9,
+    )
+    choice("class_weight", Config.class_weight, ["none", "balanced"], "balanced: rare classes count for more.")
+    integer(
+        "early_stopping_patience",
+        Config.early_stopping_patience,
+        "End a stage after so many epochs without a better val_accuracy; 0: never.",
+        lower_bound=0,
+    )
+    # machine
+    choice(
+        "precision",
+        Config.precision,
+        ["auto", "float32", "mixed_float16", "mixed_bfloat16"],
+        "auto: what the device computes fast.",
+    )
+    choice("xla", Config.xla, ["auto", "on", "off"], "Compile each replica's pass with XLA. auto: on one GPU.")
+    integer(
+        "steps_per_loop",
+        Config.steps_per_loop,
+        "Steps per round trip to the host; 0: about a second's worth.",
+        lower_bound=0,
+    )
+    boolean("require_gpu", Config.require_gpu, "End with exit code 2 and a diagnosis if TensorFlow sees no GPU.")
+    # output
+    string(
+        "job_dir",
+        Config.job_dir,
+        "Folder for all that the job leaves. Default: beside AIP_CHECKPOINT_DIR, as Vertex AI sets it.",
+    )
+    string(
+        "model_dir", Config.model_dir, "Folder of the SavedModel. Default: AIP_MODEL_DIR, else saved_model in job_dir."
+    )
+    string("tensorboard_dir", Config.tensorboard_dir, "Default: AIP_TENSORBOARD_LOG_DIR, else logs in job_dir.")
+    string(
+        "export_formats",
+        Config.export_formats,
+        "saved_model, which is always there, and with commas tflite and onnx, into exports/ in job_dir.",
+    )
+    string(
+        "profile_steps",
+        Config.profile_steps,
+        "First and last step, as in 10,20, of the whole network's first epoch (or of the head's, with --epochs=0) to write "
+        "a TensorFlow profile of, for TensorBoard.",
+    )
+    integer("checkpoint_secs", Config.checkpoint_secs, "Save within an epoch after so many seconds.", lower_bound=1)
+    boolean("resume", Config.resume, "Go on with the run in job_dir. --noresume refuses a job_dir that holds one.")
+    integer(
+        "nan_retries",
+        Config.nan_retries,
+        "How often to go back to the last save with half the learning rate when the loss is no number any more.",
+        lower_bound=0,
+    )
+    number(
+        "price_per_hour",
+        Config.price_per_hour,
+        "Of one machine, in any currency: progress line, metrics.json and report then tell the cost.",
+        lower_bound=0,
+    )
+    number(
+        "max_cost",
+        Config.max_cost,
+        "Save, export the best weights so far and end (exit code 0) when the job has cost so much; 0: no limit.",
+        lower_bound=0,
+    )
+    boolean("dry_run", Config.dry_run, "Show the plan (pictures, steps, network, devices, paths) and write nothing.")
+    choice(
+        "log_format",
+        Config.log_format,
+        ["auto", "text", "json"],
+        "json: lines as Cloud Logging reads them. auto: json on Vertex AI and Kubernetes, else text.",
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the job that the flags describe; returns its exit code."""
+    if arguments:
+        raise UserError(
+            f"{arguments[0]!r} is not a flag: write --name=value; --data_dir={arguments[0]} if it is the folder."
+        )
+    values = {name: flags.FLAGS[name].value for name in config.DEFAULTS}
+    return run(with_environment(Config(**values), os.environ))
+
+
+def with_environment(settings: Config, environment) -> Config:
+    """The paths that no flag gave, from what Vertex AI sets, or below job_dir. Raises UserError without a job_dir."""
+    paths = {"job_dir": settings.job_dir.rstrip("/"), "model_dir": settings.model_dir.rstrip("/")}
+    if not paths["job_dir"] and environment.get("AIP_CHECKPOINT_DIR"):
+        paths["job_dir"] = os.path.dirname(environment["AIP_CHECKPOINT_DIR"].rstrip("/"))
+    if not paths["job_dir"] and settings.data_dir:
+        raise UserError("--job_dir is not set: pass the folder in which the job is to leave what it makes.")
+    job_dir = paths["job_dir"] = paths["job_dir"] or "demo_job"
+    paths["model_dir"] = (
+        paths["model_dir"] or environment.get("AIP_MODEL_DIR", "").rstrip("/") or f"{job_dir}/saved_model"
+    )
+    paths["tensorboard_dir"] = (
+        settings.tensorboard_dir or environment.get("AIP_TENSORBOARD_LOG_DIR", "") or f"{job_dir}/logs"
+    ).rstrip("/")
+    return config.replace(settings, **paths)
+
+
+def run(settings: Config, *, build=None) -> int:
+    """The job: pictures, what was there before, TensorFlow, training, export. Returns the exit code.
+
+    `build` makes the network, by default trainer.model.build.
+    """
+    me = cluster.resolve(os.environ)
+    _check_export_packages(settings.export_formats)
+    with tempfile.TemporaryDirectory() as temporary:
+        if not settings.data_dir:
+            settings = _with_demo_pictures(settings, temporary)
+        elif settings.data_dir.startswith("tfds:"):
+            settings = _with_tfds_pictures(settings, temporary)
+        _check_rights(settings, is_writing=me.is_chief and not settings.dry_run)
+        folder = examples.read_folder(
+            settings.data_dir,
+            max_bad_fraction=settings.max_bad_fraction,
+            progress=command.shows_bars(),
+            read_parallelism=settings.read_parallelism,
+        )
+        split = {"validation_split": settings.validation_split, "split_file": settings.split_file}
+        sides = splits.choose(folder, **split)
+        if settings.batch_size > len(sides.training):
+            raise UserError(
+                f"--batch_size is {settings.batch_size}, but there are {len(sides.training)} training pictures: "
+                f"pass {len(sides.training)} or less."
+            )
+        steps, profiled = -(-len(sides.training) // settings.batch_size), config.profile_range(settings)
+        if profiled and profiled[1] > steps:
+            raise UserError(
+                f"--profile_steps={settings.profile_steps}, but an epoch has {steps} steps: pass lower ones."
+            )
+        before = storage.read_json(f"{settings.job_dir}/config.json")
+        fingerprint = examples.fingerprint(sides, folder.class_names)
+        _check_same_run(settings, before, fingerprint)
+        if not settings.dry_run and me.is_chief:
+            _check_writable(settings.job_dir)
+        logging.info("Training and validation: %s.", splits.origin(folder, **split))
+        stop = StopSignal()
+        command.import_tensorflow()
+        os.environ["TF_CONFIG"] = cluster.tf_config(me)
+        cluster.check_addresses(me, timeout_secs=300)
+
+        from trainer import job  # imports TensorFlow
+
+        more = {"tell_tuner": metric_sink.choose(os.environ), "build": build or job.model.build}
+        return job.run(settings, me, folder, sides, fingerprint, stop, **more)
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT came, so that the job can save and end; the second one ends it at once."""
+
+    def __init__(self):
+        self._came = threading.Event()
+        self.listen()
+
+    def listen(self) -> None:
+        """Takes the signals; again after TensorFlow's start, whose coordination service for several hosts takes SIGTERM."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame) -> None:
+        if self._came.is_set():
+            os._exit(command.EXIT_STOPPED)
+        self._came.set()
+        logging.warning("%s: saving, then ending; a second signal ends at once.", signal.Signals(number).name)
+
+    def is_set(self) -> bool:
+        """Whether the job is to end."""
+        return self._came.is_set()
+
+
+def _with_demo_pictures(settings: Config, temporary: str) -> Config:
+    from trainer import demo
+
+    is_kept = not settings.dry_run and not storage.is_remote(settings.job_dir)
+    if is_kept:
+        _check_writable(settings.job_dir)
+    data_dir = os.path.join(settings.job_dir if is_kept else temporary, DEMO_PICTURES)
+    logging.info("No --data_dir: drawing the demo set, discs, rings and stars, in %s.", data_dir)
+    demo.draw(data_dir, images_per_class=160)
+    return config.replace(settings, data_dir=data_dir)
+
+
+def _check_export_packages(export_formats: str) -> None:
+    """Raises UserError now, and not after hours of training, if a format's packages are not installed."""
+    for name in export_formats.split(","):
+        missing = [package for package in config.EXPORT_PACKAGES[name] if importlib.util.find_spec(package) is None]
+        if missing:
+            raise UserError(
+                f"--export_formats={export_formats}: {name} takes packages that are not installed "
+                f"({', '.join(missing)}): pip install --constraint constraints.txt '.[export]', or leave {name} out."
+            )
+
+
+def _with_tfds_pictures(settings: Config, temporary: str) -> Config:
+    from trainer import tfds_folder
+
+    is_kept = not settings.dry_run and not storage.is_remote(settings.job_dir)
+    parent = settings.cache_dir or (settings.job_dir if is_kept else temporary)
+    name = re.sub(r"[^\w.-]+", "_", settings.data_dir)
+    directory = os.path.join(temporary if storage.is_remote(parent) else parent, name)
+    tfds_folder.lay_out(settings.data_dir, directory)
+    return config.replace(settings, data_dir=directory)
+
+
+def _check_same_run(settings: Config, before: dict | None, fingerprint: str) -> None:
+    """Raises UserError if job_dir holds a run that is not this one, or any run and --noresume."""
+    if before is None:
+        return
+    if not settings.resume:
+        raise UserError(f"{settings.job_dir} holds a run already and --noresume is set: pass another --job_dir.")
+    differences = config.changes(before["flags"], settings.as_dict())
+    if differences:
+        raise UserError(
+            f"{settings.job_dir} holds a run of other flags ({'; '.join(differences)}): pass another --job_dir, or those flags."
+        )
+    if before["fingerprint"] != fingerprint:
+        raise UserError(
+            f"The pictures in {settings.data_dir} are not those that the run in {settings.job_dir} began with (see "
+            "split.csv there): restore them, or pass another --job_dir."
+        )
+
+
+def _check_rights(settings: Config, *, is_writing: bool) -> None:
+    """Raises UserError, before anything else is done, if a bucket is missing or does not let itself be read or written."""
+    read, written = ("data_dir", "weights", "split_file"), ("job_dir", "model_dir", "tensorboard_dir", "cache_dir")
+    paths = {name: getattr(settings, name) for name in read + written}
+    paths = {
+        name: path
+        for name, path in paths.items()
+        if storage.is_remote(path) and not path.startswith(settings.job_dir + "/")
+    }
+    if not paths:
+        return
+    from trainer import bucket
+
+    bucket.set_patience(settings.storage_timeout_secs)
+    for name, path in paths.items():
+        bucket.check_readable(path, flag=name)
+    for name in written:
+        if is_writing and name in paths:
+            bucket.check_writable(paths[name], flag=name)
+
+
+def _check_writable(directory: str) -> None:
+    if storage.is_remote(directory):  # _check_rights has done it
+        return
+    try:
+        storage.make_directory(directory)
+        storage.write_whole(os.path.join(directory, ".writable"), b"")
+        storage.remove(os.path.join(directory, ".writable"))
+    except OSError as error:
+        raise UserError(
+            f"--job_dir={directory} cannot be written ({error.strerror}): grant it, or pass another."
+        ) from None
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags=define_flags)
