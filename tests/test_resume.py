@@ -282,3 +282,27 @@ def test_a_disk_that_takes_no_more_is_told_and_the_last_save_stays(pictures, tmp
     assert "File too large" in text
     assert newest.read_bytes() == contents
     assert not [path.name for path in newest.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_the_best_weights_do_not_end_the_process_where_the_disk_is_full(tmp_path):
+    script = tmp_path / "write.py"
+    script.write_text(
+        "import resource, sys\n"
+        "import keras\n"
+        "import numpy as np\n"
+        "from trainer import job_dir\n"
+        "model = keras.Sequential([keras.Input([64]), *(keras.layers.Dense(64) for _ in range(20))])\n"
+        "best = job_dir.Best(1, 0.5, 0.7, np.zeros((50, 3), np.float32), np.ones(50, bool))\n"
+        "job_dir.write_best(sys.argv[1], model, best)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2)\n"
+        "try:\n"
+        "    job_dir.write_best(sys.argv[1], model, best)\n"
+        "except OSError as error:\n"
+        "    print('told:', error.strerror)\n"
+    )
+    best = tmp_path / "best.weights.h5"
+    done = subprocess.run([sys.executable, script, best], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "told: File too large\n"
+    assert best.stat().st_size > 20 * 64 * 65 * 4
+    assert [path.name for path in tmp_path.glob("*weights*")] == ["best.weights.h5"]

@@ -112,6 +112,9 @@ def _csv_text(columns: tuple[str, ...], rows: list) -> str:
     return text.getvalue()
 
 
+_HDF5_BYTES_PER_ARRAY = 8192  # at most, beside its values: a file of 320 of them holds 1,600 each
+
+
 class Best(NamedTuple):
     """The best validation so far: its epoch (from 1 over both stages), accuracy, loss, probabilities float32 [V, C]."""
 
@@ -127,7 +130,9 @@ NONE_YET = Best(0, -1.0, float("inf"), np.zeros((0, 0), np.float32), np.zeros(0,
 
 def write_best(path: str, model: keras.Model, best: Best) -> None:
     """Writes best.weights.h5: the model's weights, and with them, in one file, the validation that they reached."""
+    arrays = [*model.get_weights(), best.probabilities, best.is_readable]
     with storage.whole(path) as temporary:
+        storage.reserve(temporary, sum(array.nbytes + _HDF5_BYTES_PER_ARRAY for array in arrays))
         model.save_weights(temporary)
         with h5py.File(temporary, "a") as file:
             group = file.create_group("validation")

@@ -143,6 +143,16 @@ def whole(path: str) -> Iterator[str]:
             remove(temporary)
 
 
+def reserve(path: str, size: int) -> None:
+    """Takes `size` bytes for a local file that a library will write, or raises OSError, where the system can (Linux).
+
+    HDF5 does not raise where the disk is full: it ends the process, so that it must not come to that.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
 @contextlib.contextmanager
 def whole_tree(directory: str) -> Iterator[str]:
     """As `whole`, for a folder; it takes the place of the one that may stand there."""
