@@ -78,6 +78,7 @@ def test_an_object_without_md5_is_read(tmp_path, bucket_url, monkeypatch):
     same_folder(examples.read_folder(bucket_url), examples.read_folder(str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_thousands_of_objects_take_a_request_for_each_thousand(bucket_url):
     storage.parallel(lambda i: bucket.write(f"{bucket_url}/n/{i:04d}", b"x"), range(2100))
     bucket_url.emulator.control(forget=True)
@@ -182,6 +183,7 @@ KEY_OWNER = "trainer@project.iam.gserviceaccount.com"
 DENIED = f"{KEY_OWNER} does not have storage.objects.list access to the Google Cloud Storage bucket."
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_told_in_one_line_before_anything_else(bucket_url, tmp_path):
     """Each case: what is planted, where the paths lie, what is said."""
     upload(write_pictures(tmp_path / "data", {"a": 4, "b": 4}), f"{bucket_url}/data")
@@ -307,6 +309,7 @@ def test_an_answer_lost_while_the_lease_is_renewed_loses_no_lease(bucket_url, mo
     assert not lost.is_set()
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_kept_is_fetched_once_for_all_passes(tmp_path, bucket_url):
     from trainer import cluster, data, devices
     from trainer.pictures import Pictures

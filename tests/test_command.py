@@ -112,6 +112,7 @@ def test_help_and_wrong_input_do_without_tensorflow(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_tensorflows_chatter_stays_off_the_terminal():
     answer = subprocess.run(
         [sys.executable, "-c", "from trainer import command; command.import_tensorflow()"],

@@ -67,6 +67,7 @@ def collect(layout, source, labels, **more):
     ]
 
 
+@pytest.mark.slow
 def test_files_and_decoded_tables_in_memory_or_on_disk_give_the_same_batches(folder, tmp_path_factory):
     directory, pictures = folder
     files = data.Files(str(directory), pictures.paths, 32, lambda index: None)
@@ -82,6 +83,7 @@ def test_files_and_decoded_tables_in_memory_or_on_disk_give_the_same_batches(fol
                 np.testing.assert_array_equal(one[name], other[name])
 
 
+@pytest.mark.slow
 def test_a_later_first_step_gives_the_rest_of_the_epoch(folder):
     directory, pictures = folder
     files = data.Files(str(directory), pictures.paths, 32, lambda index: None)
@@ -93,6 +95,7 @@ def test_a_later_first_step_gives_the_rest_of_the_epoch(folder):
         np.testing.assert_array_equal(value, whole[2][name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_cached", [False, True])
 def test_a_picture_that_went_bad_weighs_nothing_and_is_told(folder, is_cached):
     directory, pictures = folder

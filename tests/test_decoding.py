@@ -47,6 +47,7 @@ def test_what_is_no_picture_is_refused_with_its_reason_at_listing_and_in_the_gra
         decode(case.contents)
 
 
+@pytest.mark.slow
 def test_a_jpeg_is_the_same_picture_by_its_own_small_graph():
     alone = tf.function(lambda contents: image.decode_jpeg(contents, SIZE))
     for case in GOOD:
@@ -54,6 +55,7 @@ def test_a_jpeg_is_the_same_picture_by_its_own_small_graph():
             np.testing.assert_array_equal(alone(tf.constant(case.contents)), image.decode(case.contents, SIZE))
 
 
+@pytest.mark.slow
 def test_a_saved_model_sees_what_training_sees(tmp_path, decode):
     module = tf.Module()
 
@@ -91,6 +93,7 @@ def as_by_a_telephone() -> Image.Image:
     return Image.fromarray(np.clip(128 + 0.8 * total, 0, 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_a_telephones_picture_is_decoded_at_an_eighth_within_two_levels_of_the_full_decode():
     """Of 255 levels: 2 on average, and 99 % of the values within 5; measured 1.0 and 2.6."""
     contents = corpus.encode(as_by_a_telephone(), "JPEG", quality=92)

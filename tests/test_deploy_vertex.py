@@ -223,6 +223,7 @@ def test_a_dry_run_submits_nothing_and_shows_all(submit, names):
     assert shown == json_format.MessageToDict(type(job).pb(job))
 
 
+@pytest.mark.slow
 def test_what_the_user_must_change_is_told_in_one_line_with_exit_code_2(tmp_path):
     text = (VERTEX / "one-gpu.yaml").read_text()
     wrong_flag = tmp_path / "wrong.yaml"

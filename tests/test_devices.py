@@ -45,6 +45,7 @@ def test_xla_compiles_on_one_gpu_and_is_refused_where_replicas_exchange_batch_st
         devices.use_xla("on", several, trains_statistics=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="this machine has a GPU")
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_diagnosed(tmp_path):
     pictures = write_pictures(tmp_path / "pictures", {"a": 20, "b": 20})

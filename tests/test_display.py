@@ -127,6 +127,7 @@ def test_tensorboards_hparams_tell_the_recipe_and_what_came_of_it(tensorboard, f
     assert values["val_accuracy"] == pytest.approx(float(rows_of(finished[0] / "history.csv")[-1]["val_accuracy"]))
 
 
+@pytest.mark.slow
 def test_the_page_is_drawn_after_every_epoch_but_for_those_that_take_less_than_drawing(tmp_path, monkeypatch):
     job_dir, now, drawings = make_job_dir(tmp_path), [100.0], []
 

@@ -138,6 +138,7 @@ def test_the_json_of_pixels_reaches_its_signature(live, loaded):
     np.testing.assert_allclose(answer["probabilities"], live.expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skew", ["preprocessing", "not a number"])
 def test_a_planted_skew_fails_the_export_and_leaves_the_model_before_it(live, tmp_path, skew):
     save(tmp_path / "m", live)

@@ -53,6 +53,7 @@ def test_only_weights_that_were_given_keep_their_statistics(network, tmp_path):
     assert trainable_norms(path, "train") == {True}
 
 
+@pytest.mark.slow
 def test_weights_of_an_earlier_run_with_other_classes_give_the_backbone(network, tmp_path):
     path = str(tmp_path / "best.weights.h5")
     network.model.save_weights(path)

@@ -113,6 +113,7 @@ def test_other_pictures_are_not_mixed_into_a_pack(folder, tmp_path):
         make(folder, str(tmp_path / "packed"))
 
 
+@pytest.mark.slow
 def test_batches_from_shards_are_those_of_the_folder(folder, tmp_path):
     make(folder, str(tmp_path / "packed"))
     pictures = examples.read_folder(folder).examples

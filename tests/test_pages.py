@@ -9,6 +9,8 @@ from written_job import CLASSES, make_job_dir
 
 from trainer import report
 
+pytestmark = pytest.mark.slow
+
 LOOKS = [(1100, "light", "screen"), (390, "light", "screen"), (390, "dark", "screen"), (794, "light", "print")]
 
 

@@ -168,6 +168,7 @@ def test_a_running_job_shows_its_best_epoch_so_far(tmp_path):
         assert_is_drawn(job_dir / "report" / name)
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_goes_on_with_more_epochs_is_in_progress_again(tmp_path):
     job_dir = make_job_dir(tmp_path)
     metrics = json.loads((job_dir / "metrics.json").read_text())
@@ -210,6 +211,7 @@ def test_many_classes_are_a_colour_map_and_the_worst_pairs(tmp_path):
     assert_is_drawn(job_dir / "report/confusion_matrix.png")
 
 
+@pytest.mark.slow
 def test_the_time_of_each_stage_is_told_by_what_it_went_to(tmp_path):
     job_dir = make_job_dir(tmp_path, timed=True)
     report.write(str(job_dir))
@@ -261,6 +263,7 @@ def test_predictions_of_another_run_are_the_users_error(tmp_path):
         report.write(str(job_dir))
 
 
+@pytest.mark.slow
 def test_the_command_draws_the_report_again(tmp_path):
     job_dir = make_job_dir(tmp_path, history=(), with_predictions=False, finished=False)
     answer = run_command("trainer.report", f"--job_dir={job_dir}")
@@ -275,6 +278,7 @@ def test_the_command_without_a_job_dir_tells_so_in_one_line():
     assert finished.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_augments_shows_sixteen_pictures_as_training_sees_them(tmp_path):
     job_dir = make_job_dir(tmp_path)
     config = json.loads((job_dir / "config.json").read_text())

@@ -134,6 +134,7 @@ def test_a_savedmodel_of_noise_is_refused_in_one_line(tmp_path):
         labeller.load(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_dataset_name_leads_to_no_other_folder(tmp_path):
     for name in ("tfds:../../etc", "tfds:x@/etc"):
         answer = run_command("trainer.task", f"--data_dir={name}", f"--job_dir={tmp_path / 'job'}", "--dry_run")

@@ -32,6 +32,7 @@ def gone_bad(tmp_path):
 BAD = [1, 3, 5]
 
 
+@pytest.mark.slow
 def test_a_picture_gone_bad_has_weight_0_and_is_told_and_the_others_keep_their_places(gone_bad, one_device):
     told = []
     files = data.Files(str(gone_bad[0]), gone_bad[1], SIZE, told.append)
@@ -50,6 +51,7 @@ def test_a_picture_gone_bad_has_weight_0_and_is_told_and_the_others_keep_their_p
         assert np.concatenate([batch["loss_weight"] for batch in batches])[BAD].tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_on_disk", [False, True])
 def test_a_cache_holds_what_could_be_read_and_says_what_could_not(gone_bad, tmp_path, is_on_disk):
     told = []
