@@ -7,7 +7,7 @@ from conftest import write_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer import data, examples
+from trainer import data, examples, image
 from trainer.devices import Devices
 from trainer.errors import UserError
 
@@ -81,6 +81,19 @@ def test_files_and_decoded_tables_in_memory_or_on_disk_give_the_same_batches(fol
             assert one.keys() == other.keys()
             for name in one:
                 np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("preprocessing", ["imagenet", "rescale"])
+def test_compiled_preprocessing_gives_the_numbers_of_what_is_served(preprocessing, dtype):
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    table = data.Table(tf.constant(pictures), tf.ones(4))
+    layout = data.ordered_epoch(4, batch_size=4, replicas=1)
+    finish = data.Finish(preprocessing, None, dtype)
+    (batch,) = data.batches(layout, table, np.zeros(4, np.int64), finish=finish, devices=ONE)
+    served = tf.cast(image.preprocess(tf.constant(pictures), preprocessing), dtype)
+    assert batch["x"].dtype == dtype
+    np.testing.assert_array_equal(batch["x"].numpy(), served.numpy())
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def as_by_a_telephone() -> Image.Image:
 
 @pytest.mark.slow
 def test_a_telephones_picture_is_decoded_at_an_eighth_within_two_levels_of_the_full_decode():
-    """Of 255 levels: 2 on average, and 99 % of the values within 5; measured 1.0 and 2.6."""
+    """Of 255 levels: 2 on average, and 99 % of the values within 5; measured 1.3 and 3.9."""
     contents = corpus.encode(as_by_a_telephone(), "JPEG", quality=92)
     full = tf.image.resize(tf.io.decode_jpeg(contents), [224, 224], antialias=True).numpy()
     difference = np.abs(image.decode(contents, 224).numpy() - full)

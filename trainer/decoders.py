@@ -27,7 +27,7 @@ _ORIENTATION_TAG = 0x0112
 _SINGLE_BYTES = [bytes([value]) for value in range(256)]
 
 
-def _rare(function: Callable) -> Callable:
+def rare(function: Callable) -> Callable:
     """The function as one node of the graph: inlined, its operations would cost every plain JPEG that passes them by."""
     return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
 
@@ -50,7 +50,7 @@ def turn(square: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     return tf.cond(orientation == _UPRIGHT, lambda: square, lambda: _turn(square, orientation))
 
 
-@_rare
+@rare
 def _turn(square: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     def when(orientations: tuple[int, ...], change: Callable) -> None:
         nonlocal square
@@ -64,7 +64,7 @@ def _turn(square: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     return square
 
 
-@_rare
+@rare
 def _other_than_jpeg(contents: tf.Tensor, *, with_webp: bool) -> tuple[tf.Tensor, tf.Tensor]:
     is_riff = (tf.strings.substr(contents, 0, 4) == b"RIFF") & (_part(contents, 8, 4) == b"WEBP")
     is_gif = (_part(contents, 0, 6) == b"GIF87a") | (_part(contents, 0, 6) == b"GIF89a")
@@ -110,7 +110,7 @@ def decode_jpeg(contents: tf.Tensor, smallest_side: int) -> Decoded:
     return Decoded(tf.switch_case(choice, [*branches, refuse]), orientation, is_reduced=choice > 0)
 
 
-@_rare
+@rare
 def _jpeg_orientation(contents: tf.Tensor) -> tf.Tensor:
     """Of the first Exif segment among those that come before the tables; 1 where there is none."""
 
@@ -146,7 +146,7 @@ def _exif_orientation(tiff: tf.Tensor) -> tf.Tensor:
     return tf.maximum(tf.reduce_max(tf.where(is_meant, values, 0)), _UPRIGHT)
 
 
-@_rare
+@rare
 def _png(contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """PNG of any depth: 16 bits are cut to 8, what shines through is laid on white."""
     width, height = (_number(contents, at, 4, is_little=False) for at in (16, 20))
@@ -183,7 +183,7 @@ def _on_white(pixels: tf.Tensor) -> tf.Tensor:
     return tf.cast((colours * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
 
 
-@_rare
+@rare
 def _gif(contents: tf.Tensor) -> tf.Tensor:
     """The first frame on a white screen, from a file cut to it: TensorFlow would decode all frames, and show through black."""
     screen_width, screen_height = (_number(contents, at, 2, is_little=True) for at in (6, 8))
@@ -235,7 +235,7 @@ def _with_white(table: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
     return tf.where((index >= 0) & (3 * index < length), replaced, table)
 
 
-@_rare
+@rare
 def _bmp(contents: tf.Tensor) -> tf.Tensor:
     """BMP without compression, of 1, 4, 8, 24 or 32 bits: TensorFlow takes palettes for greys, and knows no 1 or 4."""
 
@@ -278,7 +278,7 @@ def _bmp(contents: tf.Tensor) -> tf.Tensor:
     return tf.cond(signed_height > 0, lambda: tf.reverse(pixels, [0]), lambda: pixels)
 
 
-@_rare
+@rare
 def _webp(contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """WebP, lossy or not, of an animation the first frame, which is taken out of it into a file of its own.
 

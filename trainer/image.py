@@ -17,7 +17,7 @@ def decode(contents: tf.Tensor, image_size: int, *, with_webp: bool = True) -> t
 
     JPEG, PNG, GIF (first frame), BMP, WebP, by content; what shines through is laid on white (see decoders).
     A JPEG of twice the size or more is decoded at a half, quarter or eighth of it, which libjpeg does at a fraction of
-    the cost; what was more than twice as large is averaged down (antialias), the rest is bilinear.
+    the cost; what was more than twice as large is averaged down (area), the rest is bilinear.
     Raises tf.errors.InvalidArgumentError when run on anything else, or on a header that claims too many pixels.
     """
     return _squeeze(decoders.decode(contents, image_size, with_webp=with_webp), image_size)
@@ -32,12 +32,21 @@ def squeeze(pixels: tf.Tensor, image_size: int, *, is_reduced: tf.Tensor | bool 
     """Pictures uint8 [..., h, w, 3] squeezed to squares, uint8 [..., S, S, 3]; `is_reduced`: they were larger before."""
     is_large = is_reduced | (tf.reduce_min(tf.shape(pixels)[-3:-1]) > 2 * image_size)
     size = [image_size, image_size]
-    resized = tf.cond(
+    # Rounded within each branch, where the resized picture can be overwritten; behind the condition it would be copied.
+    return tf.cond(
         is_large,
-        lambda: tf.image.resize(pixels, size, antialias=True),
-        lambda: tf.image.resize(pixels, size),
+        lambda: _rounded(_averaged_down(pixels, size)),
+        lambda: _rounded(tf.image.resize(pixels, size)),
     )
-    return tf.cast(tf.round(resized), tf.uint8)  # both ways to resize average, so nothing leaves 0 to 255
+
+
+def _rounded(pixels: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tf.round(pixels), tf.uint8)  # both ways to resize average, so nothing leaves 0 to 255
+
+
+@decoders.rare
+def _averaged_down(pixels: tf.Tensor, size: list[int]) -> tf.Tensor:
+    return tf.image.resize(pixels, size, method="area")  # half the CPU time of antialias=True
 
 
 def _squeeze(decoded: decoders.Decoded, image_size: int) -> tf.Tensor:
