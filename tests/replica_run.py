@@ -80,7 +80,8 @@ def main() -> None:
             done = loop.train_steps(iterator, min(left, flags.steps_per_loop), False).rows
             rows += list(done)
             left -= len(done)
-    layout = data.ordered_epoch(3, batch_size=2, replicas=machine.replicas)
+    # As in trainer.job_stages so many to a replica, however many there are: a product of another shape may round otherwise.
+    layout = data.ordered_epoch(3, batch_size=2 * machine.replicas, replicas=machine.replicas)
     outputs = loop.logits(batches(layout, validation, None), layout)
     judged = train.validate(outputs, validation.labels, 0.1)
     weights = {f"w{i}": v.numpy() for i, v in enumerate([*network.backbone.variables, *network.head.variables])}
