@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 class ByBrightness(tf.Module):
     """Calls a picture a dog if it is brighter than `threshold`, with the signatures of an exported model."""
 
-    def __init__(self, threshold: float):
+    def __init__(self, threshold: float, names: tuple[str, str] = ("<b>cat", "dog")):
         super().__init__()
-        self.threshold = threshold
+        self.threshold, self.names = threshold, names
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="bytes")])
     def classify(self, contents):
@@ -35,7 +35,7 @@ class ByBrightness(tf.Module):
 
     @tf.function(input_signature=[])
     def class_names(self):
-        return {"class_names": tf.constant(["<b>cat", "dog"])}
+        return {"class_names": tf.constant(self.names)}
 
     def save(self, directory) -> str:
         signatures = {"serving_default": self.classify, "explain": self.explain, "class_names": self.class_names}

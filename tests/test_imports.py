@@ -75,6 +75,7 @@ ALLOWED = {
             "scoring",
             "shards",
             "storage",
+            "tfds_folder",
         ),
     },
     "task": {

@@ -6,6 +6,7 @@ import sys
 import pytest
 from conftest import run_command, write_pictures
 from test_buckets import upload
+from test_evaluate import ByBrightness
 
 from trainer import examples, splits, storage, tfds_folder
 from trainer.errors import UserError
@@ -71,6 +72,18 @@ def test_a_dataset_without_a_validation_split_is_split_by_content(prepared, tmp_
     shown = run_command("trainer.task", address, f"--job_dir={tmp_path}", "--dry_run", "--batch_size=2")
     assert shown.returncode == 0, shown.stderr
     assert "9 to train on, 2 to validate" in shown.stdout
+
+
+@pytest.mark.slow
+def test_a_model_is_judged_on_a_dataset(prepared, tmp_path):
+    model = ByBrightness(128, ("bear", "wolf")).save(tmp_path / "model")
+    address = f"--data_dir=tfds:more_beasts@{prepared / 'prepared'}"
+    judged = run_command("trainer.evaluate", f"--model_dir={model}", address, f"--report_dir={tmp_path / 'judged'}")
+    assert judged.returncode == 0, judged.stderr
+    metrics = storage.read_json(f"{tmp_path}/judged/metrics.json")
+    assert (metrics["validation_images"], metrics["bad_images"]) == (11, 0)
+    assert {name: row["support"] for name, row in metrics["per_class"].items()} == {"bear": 5, "wolf": 6}
+    assert "data:image" in storage.read(f"{tmp_path}/judged/index.html").decode()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags, logging
 
-from trainer import command, examples, predict, shards, storage
+from trainer import command, examples, predict, shards, storage, tfds_folder
 from trainer.errors import UserError
 from trainer.examples import BadFile, Examples, Folder
 from trainer.labeller import Labeller, label, load
@@ -35,7 +35,7 @@ class Judged(NamedTuple):
 def define_flags() -> None:
     """The flags of this command."""
     flags.DEFINE_string("model_dir", "", "A saved_model folder, or the job_dir of a run; several with commas between.")
-    flags.DEFINE_string("data_dir", "", "Folder with one sub-folder per class, named as the model's.")
+    flags.DEFINE_string("data_dir", "", "Folder with one sub-folder per class, named as the model's; or tfds:NAME.")
     flags.DEFINE_string("report_dir", "", "Folder for the report.")
     flags.DEFINE_float("max_bad_fraction", 0.01, "Share of unreadable files above which it ends with an error.",
                        lower_bound=0, upper_bound=1)  # fmt: skip
@@ -51,17 +51,21 @@ def main(arguments: list[str]) -> None:
     twice = [path for path in model_dirs if model_dirs.count(path) > 1]
     if twice:
         raise UserError(f"--model_dir names {twice[0]} more than once: name different models.")
-    report_dir = flags.FLAGS.report_dir
-    folder = examples.read_folder(flags.FLAGS.data_dir, max_bad_fraction=flags.FLAGS.max_bad_fraction)
+    with tfds_folder.laid_out(flags.FLAGS.data_dir) as data_dir:
+        _judge_all(model_dirs, data_dir, flags.FLAGS.report_dir)
+
+
+def _judge_all(model_dirs: list[str], data_dir: str, report_dir: str) -> None:
+    folder = examples.read_folder(data_dir, max_bad_fraction=flags.FLAGS.max_bad_fraction)
     command.import_tensorflow()
     if len(model_dirs) == 1:
-        _judge_and_report(model_dirs[0], folder, report_dir)
+        _judge_and_report(model_dirs[0], data_dir, folder, report_dir)
         return
     from trainer import comparison
 
     names = [f"model_{number}" for number in range(1, len(model_dirs) + 1)]
     for name, model_dir in zip(names, model_dirs, strict=True):
-        _judge_and_report(model_dir, folder, f"{report_dir}/{name}")
+        _judge_and_report(model_dir, data_dir, folder, f"{report_dir}/{name}")
     for pair in comparison.write(report_dir, names)["pairs"]:
         logging.info(
             "Models %d and %d: only the first right %d, only the second %d, p = %.2g (McNemar, exact): %s.",
@@ -71,14 +75,14 @@ def main(arguments: list[str]) -> None:
     logging.info("Side by side: %s/index.html", report_dir)
 
 
-def _judge_and_report(model_dir: str, folder: Folder, report_dir: str) -> None:
+def _judge_and_report(model_dir: str, data_dir: str, folder: Folder, report_dir: str) -> None:
     started = time.monotonic()
-    judged = _judge(model_dir, folder)
-    _write(judged, model_dir, report_dir, started)
+    judged = _judge(model_dir, data_dir, folder)
+    _write(judged, model_dir, data_dir, report_dir, started)
 
 
-def _judge(model_dir: str, folder: Folder) -> Judged:
-    data_dir, max_bad_fraction = flags.FLAGS.data_dir, flags.FLAGS.max_bad_fraction
+def _judge(model_dir: str, data_dir: str, folder: Folder) -> Judged:
+    max_bad_fraction = flags.FLAGS.max_bad_fraction
     labeller = load(model_dir)
     shown = _with_labels_of(labeller.class_names, folder.class_names, folder.examples, data_dir)
     options = {"batch_size": flags.FLAGS.batch_size, "progress": sys.stderr.isatty(), "total": len(shown)}
@@ -93,7 +97,7 @@ def _judge(model_dir: str, folder: Folder) -> Judged:
     return Judged(labeller, shown.take(is_readable), probabilities, bad_files)
 
 
-def _write(judged: Judged, model_dir: str, report_dir: str, started: float) -> None:
+def _write(judged: Judged, model_dir: str, data_dir: str, report_dir: str, started: float) -> None:
     """Writes the files of one model, and draws its report from them."""
     import tensorflow as tf
 
@@ -105,7 +109,7 @@ def _write(judged: Judged, model_dir: str, report_dir: str, started: float) -> N
     paths = job_dir.JobDir(report_dir)
     storage.make_directory(paths.root)
     storage.write_whole(paths.labels, "".join(f"{name}\n" for name in class_names))
-    values = {name: flags.FLAGS[name].value for name in ("data_dir", "report_dir", "max_bad_fraction")}
+    values = {"data_dir": data_dir, "report_dir": report_dir, "max_bad_fraction": flags.FLAGS.max_bad_fraction}
     versions = {"tensorflow": tf.__version__, "python": platform.python_version()}
     settings = {"flags": {"model_dir": model_dir, **values}, "defaults": {}, "resolved": {}, "versions": versions}
     storage.write_json(paths.config, settings)
@@ -120,16 +124,16 @@ def _write(judged: Judged, model_dir: str, report_dir: str, started: float) -> N
         "per_class": dict(zip(class_names, scores.per_class, strict=True)),
     }
     storage.write_json(paths.metrics, metrics)
-    paths.write_heatmaps(None, _heatmaps(labeller, record.read(report_dir).shown_paths))
+    paths.write_heatmaps(None, _heatmaps(labeller, data_dir, record.read(report_dir).shown_paths))
     report.write(paths.root, report_dir=paths.root)
     logging.info("%s: accuracy %.4f on %d pictures: %s/index.html", model_dir, scores.accuracy, len(shown), report_dir)
 
 
-def _heatmaps(labeller: Labeller, paths: list[str]) -> dict[str, np.ndarray]:
+def _heatmaps(labeller: Labeller, data_dir: str, paths: list[str]) -> dict[str, np.ndarray]:
     """Where the model looked, uint8 [h, w] by path; {} of models that cannot tell."""
     if labeller.explain is None:
         return {}
-    pictures = [(path, shards.read(flags.FLAGS.data_dir, path) or b"") for path in paths]
+    pictures = [(path, shards.read(data_dir, path) or b"") for path in paths]
     answers = label(labeller, pictures, explain=True)
     return {
         answer.path: np.round(255 * answer.heatmap).astype(np.uint8) for answer in answers if answer.heatmap is not None
