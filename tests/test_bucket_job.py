@@ -17,7 +17,7 @@ RECIPE = ("--weights=none", "--head_epochs=0", "--epochs=5", "--image_size=32", 
           "--learning_rate=0.01")  # fmt: skip
 
 
-def start_job(data_dir: str, job_dir: str, *more: str, patience: int = 60) -> subprocess.Popen:
+def start_job(data_dir: str, job_dir: str, *more: str, patience: int = 300) -> subprocess.Popen:
     arguments = [f"--data_dir={data_dir}", f"--job_dir={job_dir}", f"--storage_timeout_secs={patience}", *RECIPE, *more]
     return subprocess.Popen(
         [sys.executable, TINY_JOB, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -77,7 +77,7 @@ def test_a_job_in_a_bucket_goes_through_withdrawn_rights_outages_and_faults_and_
     job = start_job(data, root, "--max_bad_fraction=0.1", "--cache=none")
     wait_for_an_epoch(job, root, storage.read(f"{root}/history.csv"))
     assert [name for name in storage.list_names(f"{root}/logs") if "tfevents" in name]
-    bucket_url.emulator.plant({"status": 503, "seconds": 5}, *one_in_ten)
+    bucket_url.emulator.plant({"status": 503, "seconds": 60}, *one_in_ten)
     finish(job)
     bucket_url.emulator.plant()
     assert files_of_run(root) == files_of_run(str(local_run))
