@@ -1,4 +1,4 @@
-"""What README.md says is so: its commands are taken by the commands, its flags and files exist."""
+"""What README.md, its translation and the tutorial say is so: commands are taken, flags and files exist."""
 
 import importlib
 import pathlib
@@ -13,16 +13,21 @@ from conftest import flags_of
 from trainer import config, task
 
 ROOT = pathlib.Path(__file__).parents[1]
+PAGES = ["README.md", "README.es.md", "docs/tutorial.md"]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 
 
-def test_there_are_commands():
-    assert len(COMMANDS) >= 8
+def commands_of(page: str) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("page", PAGES)
+def test_there_are_commands(page):
+    assert len(commands_of(page)) >= 8
+
+
+@pytest.mark.parametrize("line", sorted({line for page in PAGES for line in commands_of(page)}))
 def test_each_command_is_taken(line):
     words = shlex.split(line)
     if words[0] == "make":
@@ -37,8 +42,17 @@ def test_each_command_is_taken(line):
         module, words = (words[1], words[2:]) if words[0] == "-m" else ("trainer.task", words)
         flags_of(importlib.import_module(module).define_flags)([sys.executable, *words])
     elif words[0] == "pip":
-        assert words == ["pip", "install", "--constraint", "constraints.txt", "--editable", ".[cpu]"]
-        assert (ROOT / "constraints.txt").exists()
+        assert words[:-1] == ["pip", "install", "--constraint", "constraints.txt", "--editable"]
+        assert f'"{words[-1][2:-1]}": [' in (ROOT / "setup.py").read_text()
+    elif words[0] == "source":
+        assert f"VENV := {words[1].split('/')[0]}\n" in (ROOT / "Makefile").read_text()
+    elif words[:3] == ["kubectl", "apply", "-k"]:  # tests/test_deploy_kubernetes.py renders and checks what it holds
+        assert (ROOT / words[3] / "kustomization.yaml").exists()
+    elif words[:2] == ["kubectl", "logs"]:
+        assert f"name: {words[-1].split('/')[1]}\n" in (ROOT / "deploy/kubernetes/base/job.yaml").read_text()
+    elif words[:3] == ["python", "deploy/submit.py", "vertex"]:  # tests/test_deploy_vertex.py submits each specification
+        assert (ROOT / words[3].removeprefix("--config=")).exists()
+        assert words[4:] in ([], ["--dry_run"])
     else:
         assert words[:2] == ["python", "-m"], "a command that no test knows how to check"
         values = flags_of(importlib.import_module(words[2]).define_flags)
@@ -58,11 +72,23 @@ def flag_lines(path: pathlib.Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line.startswith("--")]
 
 
+def flag_table(page: str) -> list[tuple[str, str]]:
+    return re.findall(r"^\| `--(\w+)` \| (\S+) \|", (ROOT / page).read_text(), re.MULTILINE)
+
+
 def test_the_flag_table_tells_the_defaults():
-    rows = re.findall(r"^\| `--(\w+)` \| (\S+) \|", README, re.MULTILINE)
+    rows = flag_table("README.md")
     assert len(rows) >= 10
     for name, default in rows:
         assert str(config.DEFAULTS[name]).lower() == default.lower(), name
+
+
+def test_the_spanish_readme_names_the_same_commands_flags_and_files():
+    assert commands_of("README.es.md") == commands_of("README.md")
+    assert flag_table("README.es.md") == flag_table("README.md")
+    spanish = (ROOT / "README.es.md").read_text()
+    for named in (r"--\w+", r"`[\w/]+\.(?:json|csv|html|png|txt|h5|md)`", r"\]\([\w./-]+\)", r"\b\d+[.,]\d{2,}\b"):
+        assert {*re.findall(named, README)} - {"](README.es.md)"} <= {*re.findall(named, spanish)}, named
 
 
 def test_the_file_tree_is_complete():
