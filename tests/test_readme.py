@@ -50,7 +50,8 @@ def test_each_command_is_taken(line):
         assert (ROOT / words[3] / "kustomization.yaml").exists()
     elif words[:2] == ["kubectl", "logs"]:
         assert f"name: {words[-1].split('/')[1]}\n" in (ROOT / "deploy/kubernetes/base/job.yaml").read_text()
-    elif words[:3] == ["python", "deploy/submit.py", "vertex"]:  # tests/test_deploy_vertex.py submits each specification
+    elif words[:3] == ["python", "deploy/submit.py", "vertex"]:
+        # tests/test_deploy_vertex.py submits each specification
         assert (ROOT / words[3].removeprefix("--config=")).exists()
         assert words[4:] in ([], ["--dry_run"])
     else:
@@ -107,3 +108,10 @@ def test_the_articles_recipe_is_in_its_flag_file():
     steps = """--preprocessing=rescale --validation_split=0.2 --image_size=224 --weights=imagenet --head=flatten --summary
         --batch_norm=train --optimizer=adam --learning_rate=1e-4 --lr_schedule=constant --epochs=100 --head_epochs=0"""
     assert set(steps.split()) <= set(flag_lines(ROOT / "deploy" / "flags" / "article.flags"))
+
+
+def test_every_package_is_told_of_and_no_other():
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("# What it stands on")[1]
+    told = {name for cell in re.findall(r"^\| ([a-z][\w., -]*) \|", table, re.MULTILINE) for name in cell.split(", ")}
+    required = set(re.findall(r'"([A-Za-z][\w.-]*?)(?:\[[\w-]+\])?>=[\d.]', (ROOT / "setup.py").read_text()))
+    assert told - {"package"} == required
