@@ -14,9 +14,10 @@ demo: $(VENV)/.installed  ## draw a picture set, train on it, export the model: 
 test: $(VENV)/.installed-dev  ## all tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-check: $(VENV)/.installed-dev  ## format, lint, fast tests: under 2 minutes
+check: $(VENV)/.installed-dev  ## format, lint, types, fast tests: under 2 minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 format: $(VENV)/.installed-dev  ## format and mend what can be mended
@@ -24,7 +25,7 @@ format: $(VENV)/.installed-dev  ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 clean:  ## delete the environment, caches and the demo's output
-	rm -rf $(VENV) demo_job build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo_job build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find trainer tests -name __pycache__ -exec rm -rf {} +
 
 $(VENV)/.installed: setup.py constraints.txt

@@ -8,7 +8,6 @@ the lines are the first ones of the modules' docstrings.
 
 import ast
 import pathlib
-import re
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,8 +48,9 @@ def lines_of_files() -> str:
 def with_generated_parts(page: str) -> str:
     """The page with what stands between its markers made anew."""
     for name, part in (("drawing", drawing()), ("files", lines_of_files())):
-        found = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        page = found.sub(lambda match, part=part: f"{match[1]}{part}\n{match[2]}", page)
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, behind = page.partition(start)
+        page = f"{before}{start}{part}\n{end}{behind.partition(end)[2]}"
     return page
 
 

@@ -10,6 +10,7 @@ others are drawn. With `--splits=DIR` it also writes each split as DIR/N.csv, fo
 import argparse
 import pathlib
 import time
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,7 +22,7 @@ from trainer.examples import Examples, Split
 BATCH_SIZE = 32
 DEFAULT = train.Recipe("adam", 1e-3, "cosine", 0.0, 0.0, 0.0, 0.0, 0.2)
 EPOCHS = 15
-TRIED = {
+TRIED: dict[str, tuple[int, dict[str, Any]]] = {
     "default": (EPOCHS, {}),
     "5 epochs": (5, {}),
     "30 epochs": (30, {}),
@@ -100,8 +101,8 @@ def run(features, labels, is_held_out, seed: int, epochs: int, recipe: train.Rec
     tables = [data.Table(tf.constant(rows), tf.ones(len(rows))) for rows, _ in sides]
     steps = -(-len(sides[0][1]) // BATCH_SIZE)
     optimizer = train.make_optimizer(recipe, epochs=epochs, steps_per_epoch=steps, loss_scaling=False)
-    options = {"seed": seed, "label_smoothing": recipe.label_smoothing, "dropout": recipe.dropout}
-    loop = train.Loop(None, head, optimizer, devices=devices, batch_size=BATCH_SIZE, **options)
+    options: dict[str, Any] = {"label_smoothing": recipe.label_smoothing, "dropout": recipe.dropout}
+    loop = train.Loop(None, head, optimizer, devices=devices, batch_size=BATCH_SIZE, seed=seed, **options)
     results = []
     for epoch in range(epochs):
         layout = data.training_epoch(

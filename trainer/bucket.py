@@ -141,7 +141,8 @@ def list_tree(directory: str) -> dict[str, Object]:
     """
     bucket, name = split_url(directory)
     prefix = name.rstrip("/") + "/" if name else ""
-    found, token = {}, ""
+    found: dict[str, Object] = {}
+    token = ""
     while token is not None:  # page by page, so that a page that fails is all that has to be asked for again
         page, token = _call(
             directory, _VIEWER, functools.partial(_list_page, bucket, prefix, token), missing=_NO_BUCKET

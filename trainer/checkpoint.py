@@ -7,7 +7,7 @@ not at all; plain arrays, because they go back into any number of replicas; zip'
 import io
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -55,7 +55,8 @@ class Saver:
 def _write(directory: str, arrays: dict[str, np.ndarray], state: str) -> None:
     numbers = _numbers(directory)
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays, **{STATE: np.frombuffer(state.encode(), np.uint8)})
+    everything: dict[str, Any] = {**arrays, STATE: np.frombuffer(state.encode(), np.uint8)}
+    np.savez(buffer, **everything)
     storage.write_whole(_path(directory, max(numbers, default=0) + 1), buffer.getbuffer())
     for number in numbers[: 1 - KEPT or None]:
         storage.remove(_path(directory, number))

@@ -55,7 +55,7 @@ class Cluster(NamedTuple):
     """The training cluster as one of its workers sees it."""
 
     workers: int
-    index: int  # mine; the chief is 0
+    index: int  # type: ignore[assignment]  # mine; the chief is 0. Hides tuple.index, which nobody calls.
     is_chief: bool
     addresses: tuple[str, ...]  # host:port of every worker, the chief first; empty for a single worker
     source: str  # the convention it was read from
@@ -214,7 +214,7 @@ def _from_json(variable: str, text: str) -> Cluster | None:
         return None
     if not set(cluster) <= set(roles) or not all(isinstance(addresses, list) for addresses in cluster.values()):
         raise UserError(f"{came}; expected lists of addresses under {', '.join(roles)} only: mend the others.")
-    by_role = {role: [] for role in roles.values()}
+    by_role: dict[str, list] = {role: [] for role in roles.values()}
     for name, role in roles.items():
         by_role[role] += cluster.get(name, [])
     if by_role["ps"] or roles.get(mine) == "ps":

@@ -1,6 +1,7 @@
 """What trainer.benchmark measures in processes of their own: time to an accuracy, starts and saves, folders that grow."""
 
 import collections
+import functools
 import itertools
 import json
 import os
@@ -202,7 +203,7 @@ def growth_suite(folder: str, directory: str, *, sizes: list[int], image_size: i
         values["seconds"] = job.end(0)
         return {**values, "milliseconds_per_picture": 1000 * values["list_and_split_seconds"] / size}
 
-    contenders = [Contender(f"{size:,} pictures", lambda size=size: measure(size)) for size in sizes]
+    contenders = [Contender(f"{size:,} pictures", functools.partial(measure, size)) for size in sizes]
     few, many = f"{sizes[0]:,} pictures", f"{sizes[-1]:,} pictures"
     aims = [Aim(f"peak memory at {many} against {few}", "peak_mib", many, few, 1.2, at_least=False)]
     return Suite("growth", "folders that grow", "list_and_split_seconds", contenders, aims, [])

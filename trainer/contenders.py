@@ -3,6 +3,7 @@
 Shapes: N pictures, B in a batch, S pixels to a side.
 """
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -228,7 +229,7 @@ def _torch_steps(*, image_size: int, batch_size: int, steps: int):
 
 def once(prepare: Callable) -> Callable:
     """`prepare`, called at the first use only, so that a suite is cheap to describe."""
-    made = []
+    made: list = []
 
     def get():
         if not made:
@@ -364,5 +365,5 @@ def bucket_suite(local_dir: str, folder_url: str, packed_url: str, *, image_size
             latest.update(bucket_speed.measure(*places, devices=one_device(), image_size=image_size))
         return {"images_per_second": latest[name]}
 
-    contenders = [Contender(name, lambda name=name: measure(name)) for name in names]
+    contenders = [Contender(name, functools.partial(measure, name)) for name in names]
     return Suite("bucket", f"pictures from a bucket, {image_size} pixels", "images_per_second", contenders, [], [])

@@ -28,7 +28,7 @@ class Epoch(NamedTuple):
     for padding; `loss_weight` sums up to 1 over a batch (without class weights), so that replicas just add up.
     """
 
-    index: np.ndarray  # int64
+    index: np.ndarray  # type: ignore[assignment]  # int64. Hides tuple.index, which nobody calls.
     row: np.ndarray  # int32
     weight: np.ndarray  # float32
     loss_weight: np.ndarray  # float32
@@ -216,7 +216,7 @@ def _reader(files: Files):
     """Adds the bytes of the file as `contents`, empty if it is gone. What else fails ends the pass: it is no bad picture."""
 
     def read_in_python(index: tf.Tensor) -> tf.Tensor:
-        contents = tf.numpy_function(lambda i: files.read(files.paths[i]), [index], tf.string, stateful=False)
+        contents = tf.numpy_function(lambda i: files.read(str(files.paths[i])), [index], tf.string, stateful=False)
         return tf.ensure_shape(contents, [])
 
     if files.directory:
@@ -333,6 +333,7 @@ def decode_all(files: Files, path: str, on_batch: Callable[[int], None]) -> Tabl
     """
     num_examples, size = len(files.paths), files.image_size
     shape = (num_examples, size, size, 3)
+    rows: np.ndarray
     if path:
         rows = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         os.remove(path)  # the mapping keeps the file until the process ends, however it ends: nothing is left behind

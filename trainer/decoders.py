@@ -38,11 +38,12 @@ def decode(contents: tf.Tensor, smallest_side: int, *, with_webp: bool = True) -
     A JPEG comes at a half, quarter or eighth of its size as long as both sides keep `smallest_side` pixels. Without
     `with_webp` the graph has no DecodeWebP, an operation so new that older servers refuse to load what contains it.
     """
-    return tf.cond(
-        tf.io.is_jpeg(contents),
-        lambda: decode_jpeg(contents, smallest_side),
-        lambda: Decoded(*_other_than_jpeg(contents, with_webp=with_webp), is_reduced=tf.constant(False)),
-    )
+
+    def decode_other() -> Decoded:
+        pixels, orientation = _other_than_jpeg(contents, with_webp=with_webp)
+        return Decoded(pixels, orientation, is_reduced=tf.constant(False))
+
+    return tf.cond(tf.io.is_jpeg(contents), lambda: decode_jpeg(contents, smallest_side), decode_other)
 
 
 def turn(square: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:

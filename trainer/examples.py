@@ -98,7 +98,10 @@ def _from_pack(pack: shards.Pack) -> Folder:
         np.array([record.content_hash for record in pack.records], object),
     )
     manifest = pack.manifest
-    sides = Sides(*manifest["sides"][:2], tuple(manifest["sides"][2])) if manifest["sides"] else None
+    sides = None
+    if manifest["sides"]:
+        training, validation, left_out = manifest["sides"]
+        sides = Sides(training, validation, tuple(left_out))
     bad_files = tuple(BadFile(*bad) for bad in manifest["bad_files"])
     return Folder(tuple(manifest["class_names"]), examples, bad_files, frozenset(manifest["kinds"]), pack, sides)
 

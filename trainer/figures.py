@@ -37,7 +37,7 @@ def style() -> Iterator[None]:
     fallbacks = ["Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Hiragino Sans", "Microsoft YaHei"]
     fallbacks += ["Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS"]
     installed = set(font_manager.get_font_names())
-    settings = {
+    settings: dict[Any, Any] = {
         "font.family": ["DejaVu Sans", *(name for name in fallbacks if name in installed)],
         "font.size": 9.5,
         "text.parse_math": False,  # a class may be called a$b$c
@@ -63,7 +63,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def _figure(width: float = 4.8, height: float = 3.0, layout: str = "constrained") -> Any:
+def _figure(width: float = 4.8, height: float = 3.0, layout: Any = "constrained") -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout=layout)

@@ -75,7 +75,8 @@ def of_files(
             pictures[path] = image.decode(tf.constant(contents or b""), image_size)
         except tf.errors.InvalidArgumentError:  # gone, or damaged, since
             continue
-    names, maps = list(pictures), {}
+    names = list(pictures)
+    maps: dict[str, np.ndarray] = {}
     for start in range(0, len(names), _BATCH_SIZE):
         batch = names[start : start + _BATCH_SIZE]
         heat = compute(tf.stack([pictures[name] for name in batch])).numpy()  # [n, h, w]

@@ -302,8 +302,10 @@ def _finish(job: Job, training: Run, display: Display, num_bad: int, *, is_stopp
     if is_stopped_by_cost:
         metrics["stopped_by_cost"] = True
     shown = record.read(settings.job_dir).shown_paths
-    size_and_range = {"image_size": settings.image_size, "preprocessing": settings.preprocessing}
-    job.paths.write_heatmaps(training.best.epoch, gradcam.of_files(best, settings.data_dir, shown, **size_and_range))
+    heatmaps = gradcam.of_files(
+        best, settings.data_dir, shown, image_size=settings.image_size, preprocessing=settings.preprocessing
+    )
+    job.paths.write_heatmaps(training.best.epoch, heatmaps)
     job.paths.write_times(training.progress.times)
     storage.write_json(job.paths.metrics, metrics)
     display.finish()

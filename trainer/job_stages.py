@@ -148,6 +148,7 @@ def _stage(job: Job, name: str, epochs: int, recipe: train.Recipe, networks, sou
     settings, (training, validation) = job.settings, job.sides
     weights = data.class_weights(training.labels, len(job.folder.class_names), settings.class_weight)
     steps_per_epoch = -(-len(training) // settings.batch_size)
+    backbone, head = networks
 
     def make_loop(learning_rate_factor: float) -> train.Loop:
         with job.devices.strategy.scope():
@@ -158,7 +159,8 @@ def _stage(job: Job, name: str, epochs: int, recipe: train.Recipe, networks, sou
                 loss_scaling=name == "all" and job.precision == "mixed_float16",
             )
         return train.Loop(
-            *networks,
+            backbone,
+            head,
             optimizer,
             devices=job.devices,
             batch_size=settings.batch_size,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer import storage
 from trainer.errors import UserError
@@ -50,7 +50,9 @@ class Listing(NamedTuple):
 
 def list_files(data_dir: str) -> Listing:
     """Lists a data directory. Raises UserError if it has not two classes, or classes that labels.txt cannot hold."""
-    data_dir, objects, scan = data_dir.rstrip("/") or "/", {}, _scan_disk
+    data_dir = data_dir.rstrip("/") or "/"
+    objects: dict[str, Any] = {}
+    scan: Callable[[str], list[Entry]] = _scan_disk
     if storage.is_remote(data_dir):
         from trainer import bucket
 
@@ -144,11 +146,11 @@ def files_below(path: str) -> list[str] | None:
         return found
     from trainer import bucket
 
-    names = bucket.list_tree(path)
-    if not names:
+    objects = bucket.list_tree(path)
+    if not objects:
         return [path] if bucket.find(path) else None
-    is_shown = {name: name[-1] != "/" and not any(map(is_ignored, name.split("/"))) for name in names}
-    return [storage.join(path, name) for name in names if is_shown[name]]
+    is_shown = {name: name[-1] != "/" and not any(map(is_ignored, name.split("/"))) for name in objects}
+    return [storage.join(path, name) for name in objects if is_shown[name]]
 
 
 def _files_below(scan, directory: str, relative: str) -> tuple[list[str], list[str]]:

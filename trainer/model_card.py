@@ -27,8 +27,9 @@ def write(job_dir: str) -> None:
 def _text(run: Record) -> str:
     rows = []
     for name, scores in zip(run.labels, run.scores.per_class, strict=True):
-        found = round((scores["recall"] or 0) * scores["support"])
-        interval = scoring.wilson_interval(found, scores["support"]) if scores["support"] else None
+        support = int(scores["support"])
+        found = round((scores["recall"] or 0) * support)
+        interval = scoring.wilson_interval(found, support) if support else None
         rows.append({"name": _plain(name), "training": run.training[name], "recall_interval": interval, **scores})
     changed = {name: value for name, value in run.flags.items() if run.config["defaults"].get(name) != value}
     return page.render("model_card.md", run=run, classes=rows, changed=changed, plain=_plain)

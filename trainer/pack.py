@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags, logging
 from tqdm import tqdm
@@ -83,12 +83,13 @@ def pack(
     hashes, paths = folder.examples.hashes, folder.examples.paths
     order = sorted(range(len(paths)), key=lambda i: (hashes[i], paths[i]))
     identity = hashlib.sha256(repr((folder.class_names, list(zip(hashes, paths, strict=True)), shard_bytes)).encode())
-    begun = {"format": shards.FORMAT, "fingerprint": identity.hexdigest(), "shards": []}
+    begun: dict[str, Any] = {"format": shards.FORMAT, "fingerprint": identity.hexdigest(), "shards": []}
     progress_path = storage.join(output_dir, "progress.json")
     before = storage.read_json(progress_path) or storage.read_json(storage.join(output_dir, shards.MANIFEST)) or begun
     if before["fingerprint"] != begun["fingerprint"]:
         raise UserError(f"{output_dir} holds shards of other pictures or another size: pass another --output_dir.")
-    written, position = [], 0
+    written: list[dict[str, Any]] = []
+    position = 0
     while position < len(order):
         number = len(written)
         known = before["shards"][number] if number < len(before["shards"]) else None

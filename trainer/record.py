@@ -184,7 +184,7 @@ def read(job_dir: str) -> Record:
     )
 
 
-def _read_csv(path: str) -> list[dict[str, str]]:
+def _read_csv(path: str) -> list[dict[str, Any]]:
     return list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
 
 

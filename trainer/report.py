@@ -30,8 +30,9 @@ def write(job_dir: str, *, report_dir: str = "", only_page: bool = False) -> Non
         text = _page(run, mistakes, thumbnails.with_images(run, run.uncertain), files)
         files |= {} if only_page else _pngs(run, mistakes)
     storage.make_directory(report_dir)
-    for name, content in {**files, "index.html": text}.items():
+    for name, content in files.items():
         storage.write_whole(os.path.join(report_dir, name), content)
+    storage.write_whole(os.path.join(report_dir, "index.html"), text)  # last: it shows the others
 
 
 def _pictures_of_the_page(run: Record, report_dir: str, *, is_redrawn: bool) -> dict[str, bytes]:
@@ -68,15 +69,16 @@ def _page(run: Record, mistakes: list, uncertain: list, files: dict[str, bytes])
     """index.html: report.html says what stands where, this what the numbers are."""
     import markupsafe
 
-    drawn, by_f1 = {}, []
+    drawn: dict[str, Any] = {}
+    by_f1: list[tuple[str, dict]] = []
     if run.history:
         drawn["accuracy"] = figures.curves(run.history, run.best, ["accuracy", "val_accuracy"], "")
         drawn["loss"] = figures.curves(run.history, run.best, ["loss", "val_loss"], "")
         drawn["learning_rate"] = figures.curves(run.history, run.best, ["learning_rate"], "")
     if run.scores:
         drawn["reliability"] = figures.reliability_diagram(*run.answers)
-        by_f1 = zip(run.labels, run.scores.per_class, strict=True)
-        by_f1 = sorted(by_f1, key=lambda item: item[1]["f1"] if item[1]["support"] else 2.0)
+        of_classes = zip(run.labels, run.scores.per_class, strict=True)
+        by_f1 = sorted(of_classes, key=lambda item: item[1]["f1"] if item[1]["support"] else 2.0)
     return page.render(
         "report.html",
         run=run,

@@ -193,7 +193,8 @@ class Service:
 
 def batches(contents: list[bytes | Refused], max_pixels: int) -> Iterator[list[bytes | Refused]]:
     """The contents in order, BATCH_SIZE or fewer at a time, and no more pixels together than `max_pixels`."""
-    batch, pixels = [], 0
+    batch: list[bytes | Refused] = []
+    pixels = 0
     for content in contents:
         more = 0 if isinstance(content, Refused) else _pixels(content)
         if batch and (len(batch) == BATCH_SIZE or pixels + more > max_pixels):

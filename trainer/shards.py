@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,7 +86,8 @@ def read_index(directory: str, number: int) -> list[Record] | None:
         return None
     rows = csv.DictReader(io.StringIO(contents.decode(), newline=""))
     whole = ("position", "label", "offset", "num_bytes")
-    return [Record(**{**row, **{name: int(row[name]) for name in whole}, "shard": number}) for row in rows]
+    records: list[dict[str, Any]] = [{**row, **{name: int(row[name]) for name in whole}} for row in rows]
+    return [Record(**record, shard=number) for record in records]
 
 
 def write_index(directory: str, number: int, records: list[Record]) -> None:

@@ -112,9 +112,9 @@ class Run:
             return False
         self.progress, self._arrays = Progress.from_json(save.state["progress"]), save.arrays
         self._best_head = {name: value for name, value in save.arrays.items() if name.startswith("best/")}
-        self.best = Best(
-            *save.state["best"], save.arrays["validation/probabilities"], save.arrays["validation/is_readable"]
-        )
+        epoch, val_accuracy, val_loss = save.state["best"]
+        probabilities, is_readable = (save.arrays[f"validation/{name}"] for name in ("probabilities", "is_readable"))
+        self.best = Best(epoch, val_accuracy, val_loss, probabilities, is_readable)
         on_disk = job_dir.read_best(self._paths.best_weights)
         if on_disk.val_accuracy > self.best.val_accuracy or on_disk.epoch == self.best.epoch:
             # Saved after the checkpoint. Steps done again need not be exactly as good on every device: keep the better.

@@ -20,6 +20,7 @@ import re
 import signal
 import tempfile
 import threading
+from typing import Any
 
 from absl import flags, logging
 
@@ -252,7 +253,7 @@ def run(settings: Config, *, build=None) -> int:
             progress=command.shows_bars(),
             read_parallelism=settings.read_parallelism,
         )
-        split = {"validation_split": settings.validation_split, "split_file": settings.split_file}
+        split: dict[str, Any] = {"validation_split": settings.validation_split, "split_file": settings.split_file}
         sides = splits.choose(folder, **split)
         if settings.batch_size > len(sides.training):
             raise UserError(

@@ -21,7 +21,8 @@ class TensorBoard:
     """
 
     def __init__(self, directory: str, settings: dict):
-        self._directory, self._sizes = directory, {}
+        self._directory = directory
+        self._sizes: dict[str, int] = {}
         self._temporary = tempfile.TemporaryDirectory() if storage.is_remote(directory) else None
         self._writer = tf.summary.create_file_writer(self._temporary.name if self._temporary else directory)
         recipe = {name: settings[name] for name in HYPERPARAMETERS}

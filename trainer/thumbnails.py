@@ -41,7 +41,7 @@ def thumbnail(data_dir: str, path: str) -> Any:
 
     size = (_THUMBNAIL_SIZE, _THUMBNAIL_SIZE)
     try:
-        image = Image.open(io.BytesIO(shards.read(data_dir, path) or b""))
+        image: Image.Image = Image.open(io.BytesIO(shards.read(data_dir, path) or b""))
         image.draft("RGB", (2 * _THUMBNAIL_SIZE, 2 * _THUMBNAIL_SIZE))  # a large JPEG is decoded at reduced size
         image = ImageOps.exif_transpose(image).convert("RGB")
         image.thumbnail(size)

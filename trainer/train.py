@@ -98,7 +98,7 @@ class Loop:
         gradients = tf.function(self._gradients, jit_compile=True) if jit_compile else self._gradients
         self._replica_step = lambda batch, stop: self._step(gradients, batch, stop)
         self._train_steps = tf.function(self._steps, reduce_retracing=True)
-        self._infer = None
+        self._infer: Callable | None = None
 
     def trace(self, iterator) -> None:
         """Builds the graph of train_steps for such batches, once; without it the first call does."""
