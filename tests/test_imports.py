@@ -80,8 +80,9 @@ ALLOWED = {
     },
     "task": {
         *("bucket", "cluster", "command", "config", "demo", "examples", "job", "metric_sink", "splits", "storage"),
-        "tfds_folder",
+        *("task_flags", "tfds_folder"),
     },
+    "task_flags": {"config", "examples"},
     "metric_sink": set(),
     "tuning_figure": {"storage"},
     "tune": {"command", "config", "lease", "plan", "storage", "task", "tuning_figure"},
@@ -97,7 +98,8 @@ ALLOWED = {
 }
 WITHOUT_TENSORFLOW = {
     *("errors", "config", "command", "cluster", "storage", "demo", "formats", "examples", "splits"),
-    *("plan", "record", "scoring", "wording", "page", "figures", "thumbnails", "report", "task", "predict", "evaluate"),
+    *("plan", "record", "scoring", "wording", "page", "figures", "thumbnails", "report", "predict", "evaluate"),
+    *("task", "task_flags"),
     *("metric_sink", "tune", "tuning_figure", "lease", "benchmark", "labeller"),
     *("bucket", "listing", "shards", "tfds_folder", "inspection", "inspect_data", "pack"),
 }

@@ -166,7 +166,7 @@ def _help_text(program: str, docstring: str, module: str) -> str:
     """The module's own docstring, then its flags in the order of their definition, with their defaults."""
     width = min(shutil.get_terminal_size().columns, 110)
     lines = [docstring.strip(), "", f"Flags of {program}:"]
-    own = flags.FLAGS.flags_by_module_dict().get(module, [])
+    own = flags.FLAGS.get_key_flags_for_module(module)  # those that it took over from another module too
     common = [flags.FLAGS["verbosity"], flags.FLAGS["help"]]
     for flag in [flag for flag in own if flag not in common] + common:
         values = "|".join(getattr(flag.parser, "enum_values", ()) or ())
