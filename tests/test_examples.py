@@ -225,3 +225,19 @@ def test_a_thousand_classes_of_two_pictures_hold_out_one_of_each(tmp_path):
     sides = examples.split(examples.read_folder(str(tmp_path / "data")).examples, 0.2)
     assert np.bincount(sides.validation.labels).tolist() == [1] * 1000
     assert np.bincount(sides.training.labels).tolist() == [1] * 1000
+
+
+def test_a_folder_of_many_files_is_read_by_processes_and_gives_the_same(tmp_path, monkeypatch):
+    write_pictures(tmp_path, {"cat": 30, "dog": 25})
+    (tmp_path / "cat" / "odd \n name.jpg").write_text("no picture")
+    by_threads = examples.read_folder(str(tmp_path))
+    started = []
+    processes = examples.ProcessPoolExecutor
+    monkeypatch.setattr(examples, "ProcessPoolExecutor", lambda *a, **k: started.append(1) or processes(*a, **k))
+    monkeypatch.setattr(examples, "MANY_FILES", 50)
+    by_processes = examples.read_folder(str(tmp_path))
+    assert started == [1]
+    assert by_processes.bad_files == by_threads.bad_files
+    assert len(by_processes.bad_files) == 1
+    for name in ("paths", "labels", "hashes"):
+        assert list(getattr(by_processes.examples, name)) == list(getattr(by_threads.examples, name))

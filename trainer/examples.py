@@ -6,11 +6,14 @@ Shapes: N examples, C classes.
 
 import csv
 import dataclasses
+import functools
 import hashlib
+import multiprocessing
 import os
+import signal
 import stat
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -106,24 +109,52 @@ def _from_pack(pack: shards.Pack) -> Folder:
     return Folder(tuple(manifest["class_names"]), examples, bad_files, frozenset(manifest["kinds"]), pack, sides)
 
 
+# From so many local files on, processes check them: one process computes on one core however many threads it has, and
+# starting others takes half a second.
+MANY_FILES = 10_000
+_THREADS_OF_A_PROCESS = 4  # that wait for a slow disk, each for a file
+
+
 def _check_files(data_dir: str, found: listing.Listing, *, progress: bool, read_parallelism: int) -> list["FileCheck"]:
-    is_remote, paths = storage.is_remote(data_dir), found.paths
-    workers = read_parallelism or (REMOTE_PARALLELISM if is_remote else min(32, 4 * (os.cpu_count() or 1)))
-
-    def check(path: str) -> FileCheck:
-        full_path = storage.join(data_dir, path)
-        return check_object(full_path, found.objects[path]) if is_remote else check_file(full_path)
-
-    with ThreadPoolExecutor(workers) as pool:
-        # In portions: one task per file would cost more than reading it; a bucket is slower than any task.
-        size = 8 if is_remote else 64
-        portions = [paths[start : start + size] for start in range(0, len(paths), size)]
-        checks = []
-        with tqdm(desc="reading pictures", total=len(paths), unit="img", disable=not progress, leave=False) as bar:
-            for portion in pool.map(lambda part: [check(path) for path in part], portions):
-                checks += portion
-                bar.update(len(portion))
+    is_remote, paths, cores = storage.is_remote(data_dir), found.paths, os.cpu_count() or 1
+    pool: Executor
+    if not is_remote and len(paths) >= MANY_FILES:
+        pool = ProcessPoolExecutor(
+            cores, multiprocessing.get_context("spawn"), initializer=_leave_signals_to_the_parent
+        )
+        size, check = 1024, functools.partial(_check_side_by_side, data_dir)
+    elif is_remote:
+        pool = ThreadPoolExecutor(read_parallelism or REMOTE_PARALLELISM)
+        size, check = 8, functools.partial(_check_objects, data_dir, found.objects)  # slower than starting a task
+    else:
+        pool = ThreadPoolExecutor(read_parallelism or min(32, 4 * cores))
+        size, check = 64, functools.partial(_check_portion, data_dir)  # a task per file would cost more than reading it
+    portions = [paths[start : start + size] for start in range(0, len(paths), size)]
+    checks = []
+    with pool, tqdm(desc="reading pictures", total=len(paths), unit="img", disable=not progress, leave=False) as bar:
+        for portion in pool.map(check, portions):
+            checks += portion
+            bar.update(len(portion))
     return checks
+
+
+def _leave_signals_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _check_side_by_side(data_dir: str, paths: list[str]) -> list["FileCheck"]:
+    size = -(-len(paths) // _THREADS_OF_A_PROCESS)
+    parts = [paths[start : start + size] for start in range(0, len(paths), size)]
+    with ThreadPoolExecutor(_THREADS_OF_A_PROCESS) as threads:
+        return [check for part in threads.map(functools.partial(_check_portion, data_dir), parts) for check in part]
+
+
+def _check_portion(data_dir: str, paths: list[str]) -> list["FileCheck"]:
+    return [check_file(storage.join(data_dir, path)) for path in paths]
+
+
+def _check_objects(data_dir: str, objects: dict, paths: list[str]) -> list["FileCheck"]:
+    return [check_object(storage.join(data_dir, path), objects[path]) for path in paths]
 
 
 def check_bad_fraction(bad: int, total: int, first: Iterable[BadFile], max_bad_fraction: float) -> None:
