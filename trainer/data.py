@@ -95,7 +95,8 @@ class Files:
     """Examples that are read and decoded each time: paths below a directory. `on_bad` is told the index of a bad one.
 
     `read` gives the bytes of a path in Python, b"" if it is gone: of a bucket where TensorFlow's own reading failed, and
-    of everything if `directory` is ''. `parallelism` is how many are read at once; 0 leaves it to TensorFlow.
+    of everything if `directory` is ''. `parallelism` is how many are read at once, from where answers must be waited for;
+    0 where they need not.
     `is_jpeg` says that all are JPEG files, which makes for a smaller graph; what else is met then is a bad one.
     To be made once and used for every epoch: building the graph that reads them takes half a second of CPU time.
     """
@@ -202,12 +203,13 @@ def _read_and_decode(
     options = tf.data.Options()
     # Rewriting the decoders' large graph took half a second of CPU time for each pass, and gained nothing.
     options.experimental_optimization.apply_default_optimizations = False
-    if not files.is_local:
-        parallelism = files.parallelism or tf.data.AUTOTUNE
-        examples = examples.map(_reader(files), num_parallel_calls=parallelism, deterministic=True)
-        if files.parallelism:  # a thread waits for each answer, and there are but as many as cores
-            options.threading.private_threadpool_size = files.parallelism + (os.cpu_count() or 1)
+    if not files.is_local and files.parallelism:
+        examples = examples.map(_reader(files), num_parallel_calls=files.parallelism, deterministic=True)
+        # A thread waits for each answer, and there are but as many as cores.
+        options.threading.private_threadpool_size = files.parallelism + (os.cpu_count() or 1)
     batched = examples.batch(batch_size, drop_remainder=is_whole)
+    if not files.is_local and not files.parallelism:  # nothing to wait for: a call of Python for each would cost more
+        batched = batched.map(_batch_reader(files), num_parallel_calls=BATCHES_DECODED_AT_ONCE, deterministic=True)
     batched = batched.map(_decoder(files), num_parallel_calls=BATCHES_DECODED_AT_ONCE, deterministic=True)
     return batched.with_options(options)
 
@@ -231,6 +233,19 @@ def _reader(files: Files):
         else:
             contents = read_in_python(index)
         return {**example, "contents": contents}
+
+    return read
+
+
+def _batch_reader(files: Files):
+    """As _reader, for a batch at once, in Python alone."""
+
+    def read_all(index: np.ndarray) -> np.ndarray:
+        return np.array([files.read(path) for path in files.paths[index]], object)
+
+    def read(batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        contents = tf.numpy_function(read_all, [batch["index"]], tf.string, stateful=False)
+        return {**batch, "contents": tf.ensure_shape(contents, batch["index"].shape)}
 
     return read
 
