@@ -119,9 +119,8 @@ def _check_files(data_dir: str, found: listing.Listing, *, progress: bool, read_
     is_remote, paths, cores = storage.is_remote(data_dir), found.paths, os.cpu_count() or 1
     pool: Executor
     if not is_remote and len(paths) >= MANY_FILES:
-        pool = ProcessPoolExecutor(
-            cores, multiprocessing.get_context("spawn"), initializer=_leave_signals_to_the_parent
-        )
+        processes, spawn = min(8, cores), multiprocessing.get_context("spawn")  # 40 MB each
+        pool = ProcessPoolExecutor(processes, spawn, initializer=_leave_signals_to_the_parent)
         size, check = 1024, functools.partial(_check_side_by_side, data_dir)
     elif is_remote:
         pool = ThreadPoolExecutor(read_parallelism or REMOTE_PARALLELISM)

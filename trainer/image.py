@@ -32,16 +32,8 @@ def squeeze(pixels: tf.Tensor, image_size: int, *, is_reduced: tf.Tensor | bool 
     """Pictures uint8 [..., h, w, 3] squeezed to squares, uint8 [..., S, S, 3]; `is_reduced`: they were larger before."""
     is_large = is_reduced | (tf.reduce_min(tf.shape(pixels)[-3:-1]) > 2 * image_size)
     size = [image_size, image_size]
-    # Rounded within each branch, where the resized picture can be overwritten; behind the condition it would be copied.
-    return tf.cond(
-        is_large,
-        lambda: _rounded(_averaged_down(pixels, size)),
-        lambda: _rounded(tf.image.resize(pixels, size)),
-    )
-
-
-def _rounded(pixels: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tf.round(pixels), tf.uint8)  # both ways to resize average, so nothing leaves 0 to 255
+    resized = tf.cond(is_large, lambda: _averaged_down(pixels, size), lambda: tf.image.resize(pixels, size))
+    return tf.cast(tf.round(resized), tf.uint8)  # both ways to resize average, so nothing leaves 0 to 255
 
 
 @decoders.rare

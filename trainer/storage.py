@@ -5,6 +5,7 @@ bucket waits for no library of one. All functions raise OSError.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -150,7 +151,11 @@ def reserve(path: str, size: int) -> None:
     """
     if hasattr(os, "posix_fallocate"):
         with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # these say that the filesystem cannot
+                    raise
 
 
 @contextlib.contextmanager
