@@ -15,16 +15,13 @@ FROM ${BASE_IMAGE} AS packages
 ARG VARIANT=cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /build
-COPY setup.py constraints.txt ./
-# pip stays outside the environment that it fills. The package itself is an empty stand-in here, for a change of code is
-# not to install TensorFlow again; setup.py still says what the job depends on.
+COPY deploy/image ./
+# Each package by version and hash, as `make lock` took them from setup.py and constraints.txt. pip stays outside the
+# environment that it fills, and the code comes later: a change of it is not to install TensorFlow again.
 RUN case "${VARIANT}" in cpu | gpu) ;; *) echo "VARIANT is '${VARIANT}': expected cpu or gpu" >&2; exit 2 ;; esac \
     && python3 -m venv pip \
     && python3 -m venv --without-pip /opt/venv \
-    && mkdir trainer \
-    && touch trainer/__init__.py \
-    && pip/bin/pip --python /opt/venv/bin/python3 install --constraint constraints.txt ".[${VARIANT}]" \
-    && pip/bin/pip --python /opt/venv/bin/python3 uninstall --yes picture-trainer
+    && pip/bin/pip --python /opt/venv/bin/python3 install --require-hashes --requirement "${VARIANT}.txt"
 
 FROM ${BASE_IMAGE}
 COPY --from=packages /opt/venv /opt/venv

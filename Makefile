@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SIDE_BY_SIDE := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format lock audit clean
 
 demo: $(VENV)/.installed  ## draw a picture set, train on it, export the model: under 5 minutes on 2 cores
 	$(BIN)/python -m trainer.task --flagfile=deploy/flags/demo.flags
@@ -23,6 +23,15 @@ check: $(VENV)/.installed-dev  ## format, lint, types, fast tests: under 2 minut
 format: $(VENV)/.installed-dev  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+lock: $(VENV)/.installed-dev  ## the image's packages with their hashes, after a change of setup.py or constraints.txt
+	for variant in cpu gpu; do $(BIN)/uv pip compile --quiet --upgrade --universal --python-version=3.11 --generate-hashes \
+	  --no-annotate --custom-compile-command="make lock" --default-index=https://pypi.org/simple \
+	  --constraint=constraints.txt --extra=$$variant --output-file=deploy/image/$$variant.txt setup.py || exit 1; done
+
+audit: $(VENV)/.installed-dev  ## what is known against the image's packages; asks pypi.org
+	for variant in cpu gpu; do $(BIN)/uvx pip-audit==2.10.1 --strict --require-hashes --disable-pip \
+	  --requirement=deploy/image/$$variant.txt || exit 1; done
 
 clean:  ## delete the environment, caches and the demo's output
 	rm -rf $(VENV) demo_job build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -82,8 +82,8 @@ build image "$PROJECT"
 
 # A change of code: the same project with one more line. The layer with the packages must come from the cache.
 mkdir "$OUT/changed" "$OUT/changed/deploy"
-cp -a "$PROJECT"/{Dockerfile,.dockerignore,setup.py,constraints.txt,trainer} "$OUT/changed"
-cp -a "$PROJECT/deploy/flags" "$OUT/changed/deploy/"
+cp -a "$PROJECT"/{Dockerfile,.dockerignore,trainer} "$OUT/changed"
+cp -a "$PROJECT"/deploy/{flags,image} "$OUT/changed/deploy/"
 echo "# changed" >> "$OUT/changed/trainer/task.py"
 build "image after a change of code" "$OUT/changed"
 if grep -q "Collecting" "$OUT/image after a change of code.log"; then fail "a change of code installs the packages again"; fi

@@ -44,6 +44,11 @@ def test_the_command_leaves_a_table_a_chart_and_the_figures(pictures, tmp_path):
     assert f"tensorflow-cpu {results['machine']['versions']['tensorflow-cpu']}" in text
     assert "| our CPU time against the plain decode's | at most 1.15 |" in text
     assert "## growth" in answer.stdout
+    # What another run leaves in the same folder is kept, unless it is of another machine.
+    assert [suite["suite"] for suite in benchmark.earlier(str(tmp_path), but=["growth"])] == ["input", "input"]
+    elsewhere = {**results, "machine": {**results["machine"], "cores": 1000}}
+    (tmp_path / "benchmark.json").write_text(json.dumps(elsewhere))
+    assert benchmark.earlier(str(tmp_path), but=["growth"]) == []
     with Image.open(tmp_path / "benchmark.png") as chart:
         assert chart.width > 800
         assert len(np.unique(np.asarray(chart.convert("RGB")).reshape(-1, 3), axis=0)) > 20

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -34,17 +35,43 @@ def test_no_secret_and_no_user_of_the_host_goes_into_the_image():
     rules = [line for line in allowed if line and not line.startswith("#")]
     assert rules[0] == "*"  # nothing but what the others name
     assert [rule for rule in rules if rule.startswith("!")] == [
-        *("!setup.py", "!constraints.txt", "!deploy", "!deploy/flags", "!trainer"),
+        *("!deploy", "!deploy/flags", "!deploy/image", "!trainer"),
     ]
     dockerfile = (ROOT / "Dockerfile").read_text().lower()
     assert not any(word in dockerfile for word in ("token", "password", "secret", "key=", "credentials"))
 
 
-def test_both_variants_are_pinned_to_one_tensorflow():
+def normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def locked(variant: str) -> dict[str, str]:
+    """Version by package of deploy/image; fails where one has no hash."""
+    text = (ROOT / "deploy" / "image" / f"{variant}.txt").read_text()
+    blocks = re.findall(r"^(\S.*(?:\n    .*)*)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE), re.MULTILINE)
+    versions = {}
+    for block in blocks:
+        name, version = re.match(r"([\w.-]+)==(\S+) ", block).groups()
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", block), name
+        versions[normalised(name)] = version
+    return versions
+
+
+@pytest.mark.parametrize(("variant", "tensorflow"), [("cpu", "tensorflow-cpu"), ("gpu", "tensorflow")])
+def test_the_image_gets_what_setup_asks_for_by_version_and_hash(variant, tensorflow):
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    assert pins["tensorflow"] == pins["tensorflow_cpu"]
-    # What tensorflow[and-cuda] brings along: without pins, next month's image would be another one.
-    assert {"nvidia-cublas-cu12", "nvidia-cudnn-cu12", "nvidia-nccl-cu12"} <= set(pins)
+    pins = {normalised(name): version for name, version in pins.items()}
+    packages = locked(variant)
+    assert {name: pins.get(name, version) for name, version in packages.items()} == packages  # as they were tested
+    required = re.findall(r'^ {8}"([\w.-]+)>=', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert len(required) > 10
+    assert {normalised(name) for name in required} | {tensorflow} <= set(packages)
+    assert packages[tensorflow] == pins["tensorflow"] == pins["tensorflow-cpu"]
+
+
+def test_the_gpu_image_brings_cuda_along():
+    """What tensorflow[and-cuda] asks for: without pins, next month's image would be another one."""
+    assert {"nvidia-cublas-cu12", "nvidia-cudnn-cu12", "nvidia-nccl-cu12"} <= set(locked("gpu"))
 
 
 def as_played(name: str) -> dict:

@@ -12,7 +12,8 @@
     growth     time and memory for folders of 1,000, 10,000 and 100,000 pictures
     bucket     pictures per second from a bucket in each way of this job, against a local disk (only when asked for)
 
-Leaves benchmark.md, benchmark.json and benchmark.png in --output_dir. A run of everything takes hours on two cores.
+Leaves benchmark.md, benchmark.json and benchmark.png in --output_dir, with the suites that an earlier run on the same
+machine and versions left there. A run of everything takes hours on two cores.
 """
 
 import os
@@ -81,7 +82,7 @@ def main(arguments: list[str]) -> None:
         from trainer import contender_jobs  # imports TensorFlow
 
         folder = contender_jobs.pictures_of(data_dir, f"{directory}/pictures", values["pictures"])
-        results = []
+        results = earlier(values["output_dir"], but=values["suite"])
         for name in values["suite"]:
             for suite in _suites(name, folder, directory):
                 results.append(measure(suite, values["rounds"]))
@@ -158,6 +159,14 @@ def machine() -> dict:
     }
 
 
+def earlier(output_dir: str, but: list[str]) -> list[dict]:
+    """The suites, other than those named, that a run on this machine and these versions left in `output_dir`."""
+    before, here = storage.read_json(storage.join(output_dir, "benchmark.json")) or {}, machine()
+    if any(before.get("machine", {}).get(name) != here[name] for name in here if name != "load"):
+        return []
+    return [suite for suite in before["suites"] if suite["suite"] not in but]
+
+
 def write(output_dir: str, results: dict) -> None:
     """Writes benchmark.json, benchmark.md and benchmark.png."""
     storage.write_json(f"{output_dir}/benchmark.json", results)
@@ -174,7 +183,8 @@ def suite_table(suite: dict) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    title = f"## {suite['suite']}: {suite['title']}"
+    rounds = f"{suite['rounds']} round{'s' if suite['rounds'] > 1 else ''}"
+    title = f"## {suite['suite']}: {suite['title']} ({rounds})"
     return "\n".join([title, "", *lines, "", *(f"Left out: {reason}." for reason in suite["left_out"])])
 
 

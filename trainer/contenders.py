@@ -113,10 +113,11 @@ def step_suite(
     contenders.append(
         Contender(f"our loop on files, {main}", _our_steps(network, (folder, paths), main, False, **shapes))
     )
-    if importlib.util.find_spec("torch") and importlib.util.find_spec("torchvision"):
-        contenders.append(Contender("PyTorch ResNet-50, float32", _torch_steps(**shapes)))
+    source = next((name for name in ("torchvision", "transformers") if importlib.util.find_spec(name)), "")
+    if importlib.util.find_spec("torch") and source:
+        contenders.append(Contender(f"PyTorch ResNet-50 of {source}, float32", _torch_steps(source, **shapes)))
     else:
-        left_out.append("PyTorch: torch and torchvision are not installed")
+        left_out.append("PyTorch: torch, and torchvision or transformers, are not installed")
     if not half:
         left_out.append("half precision: the processor does not compute in bfloat16")
     if not with_xla:
@@ -199,19 +200,29 @@ def _fit_steps(build: Callable, precision: str, xla: bool, *, image_size: int, b
     return measure
 
 
-def _torch_steps(*, image_size: int, batch_size: int, steps: int):
+def _torch_steps(source: str, *, image_size: int, batch_size: int, steps: int):
     @once
     def prepare():
         import torch
-        import torchvision
 
-        network = torchvision.models.resnet50(num_classes=2).eval()  # eval: batch statistics held still
+        if source == "torchvision":
+            import torchvision
+
+            network = torchvision.models.resnet50(num_classes=2)
+        else:
+            import transformers
+
+            config = transformers.ResNetConfig(num_labels=2, return_dict=False)  # of 50 layers unless told otherwise
+            network = transformers.ResNetForImageClassification(config)
+        network.eval()  # batch statistics held still
         pictures, labels = torch.randn(batch_size, 3, image_size, image_size), torch.arange(batch_size) % 2
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-6)
 
         def step() -> None:
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(network(pictures), labels).backward()
+            answer = network(pictures)
+            logits = answer[0] if isinstance(answer, tuple) else answer
+            torch.nn.functional.cross_entropy(logits, labels).backward()
             optimizer.step()
 
         step()
