@@ -40,7 +40,7 @@ def lines_of_files() -> str:
     rows = ["| file | what |", "| --- | --- |"]
     for path in sorted(TRAINER.glob("*.py")):
         if path.stem != "__init__":
-            first = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+            first = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
             rows.append(f"| `trainer/{path.name}` | {first} |")
     return "\n".join(rows)
 

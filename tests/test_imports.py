@@ -25,7 +25,7 @@ ALLOWED = {
     "pictures": {"data", "examples", "shards", "storage"},
     "bucket_speed": {"data", "devices", "examples", "image", "shards", "storage"},
     "pack": {"command", "bucket", "examples", "shards", "storage", "tfds_folder"},
-    "splits": {"examples", "storage"},
+    "splits": {"examples", "listing", "storage"},
     "inspection": {"examples", "formats", "listing", "page", "storage"},
     "inspect_data": {"command", "figures", "inspection", "page", "storage", "tfds_folder"},
     "tensorboard": {"config", "storage"},

@@ -12,6 +12,7 @@ from conftest import run_command
 from tiny_model import CLASS_NAMES, picture
 
 from trainer import predict, storage
+from trainer.errors import UserError
 from trainer.labeller import _reason as first_reason
 from trainer.labeller import label, load
 
@@ -146,3 +147,12 @@ def test_labels_go_on_in_a_bucket_too(labeller, bucket_url):
     lines = storage.read(arguments[1]).decode().splitlines()
     assert [json.loads(line)["label"] for line in lines] == [CLASS_NAMES[i % 3] for i in range(6)]
     assert sorted(storage.list_names(bucket_url)) == ["labels.jsonl", "pictures"]
+
+
+def test_a_job_dir_that_lacks_a_file_is_told_in_words(tmp_path):
+    (tmp_path / "config.json").write_text('{"flags": {}}')
+    with pytest.raises(UserError, match=r"labels\.txt is not there"):
+        load(str(tmp_path))
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match=r"no best\.weights\.h5 yet"):
+        load(str(tmp_path))

@@ -1,9 +1,11 @@
 """What README.md, its translation and the tutorial say is so: commands are taken, flags and files exist."""
 
 import importlib
+import json
 import pathlib
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 
@@ -90,6 +92,46 @@ def test_the_spanish_readme_names_the_same_commands_flags_and_files():
     spanish = (ROOT / "README.es.md").read_text()
     for named in (r"--\w+", r"`[\w/]+\.(?:json|csv|html|png|txt|h5|md)`", r"\]\([\w./-]+\)", r"\b\d+[.,]\d{2,}\b"):
         assert {*re.findall(named, README)} - {"](README.es.md)"} <= {*re.findall(named, spanish)}, named
+
+
+def test_the_figures_of_the_comparison_are_those_of_the_benchmark():
+    suites = json.loads((ROOT / "docs" / "benchmark" / "benchmark.json").read_text())["suites"]
+    by_title = {suite["title"]: suite["figures"] for suite in suites}
+    small, large, growth, step, accuracy = (
+        next(figures for title, figures in by_title.items() if word in title)
+        for word in ("as they are", "12-megapixel", "grow", "training steps", "96.49")
+    )
+
+    def medians(figures: dict, name: str, *contenders: str) -> list[str]:
+        return [f"{statistics.median(figures[contender][name]):#.3g}" for contender in contenders]
+
+    pipelines = ("our pipeline", "image_dataset_from_directory", "ImageDataGenerator", "plain decode")
+    ours, articles = accuracy
+    torch = next(name for name in step if name.startswith("PyTorch"))
+    expected = [
+        [
+            *medians(accuracy, "seconds_to_goal", ours),
+            f"{100 * accuracy[articles]['best_val_accuracy'][0]:#.3g}",
+            *medians(accuracy, "seconds_to_goal", articles),
+        ],
+        medians(step, "images_per_second", "our loop, float32", "Keras fit, float32", torch),
+        medians(step, "images_per_second", "our loop, mixed_bfloat16", "Keras fit, mixed_bfloat16"),
+        medians(small, "cpu_seconds_per_1000", *pipelines),
+        medians(large, "cpu_seconds_per_1000", *pipelines),
+        medians(growth, "list_and_split_seconds", "100,000 pictures"),
+    ]
+    table = README.partition("| what | here | instead |\n| --- | --- | --- |\n")[2].partition("\n\n")[0]
+    told = [re.findall(r"\b(\d+\.?\d*)\.?(?= (?:s|img/s|%))", row.split(" | ", 1)[1]) for row in table.splitlines()]
+    assert told == [[figure.rstrip(".") for figure in row] for row in expected]
+
+
+def test_each_picture_is_there_and_made_by_a_script():
+    names = {
+        name for page in PAGES for name in re.findall(r"!\[[^]]+\]\(docs/images/([\w.]+)\)", (ROOT / page).read_text())
+    }
+    assert names == {path.name for path in (ROOT / "docs" / "images").iterdir()} >= {"report.png", "served.png"}
+    script = (ROOT / "docs" / "screenshots.py").read_text()
+    assert all(f'"{name}"' in script for name in names)
 
 
 def test_the_file_tree_is_complete():

@@ -62,9 +62,7 @@ def define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
     """Runs the suites and writes what came of them, after each suite."""
-    values = {
-        name: flags.FLAGS[name].value for name in ("data_dir", "suite", "output_dir", "rounds", "pictures", "note")
-    }
+    values = command.values(("data_dir", "suite", "output_dir", "rounds", "pictures", "note"))
     unknown = [*arguments, *(name for name in values["suite"] if name not in (*SUITES, BUCKET))]
     if unknown:
         raise UserError(f"{unknown[0]!r} is not a suite: pass --suite={','.join((*SUITES, BUCKET))} or some of them.")
@@ -246,7 +244,7 @@ def chart(results: dict) -> bytes:
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     about = results["machine"]
-    figure.text(0.99, 0.002, f"{about['processor']}, {about['cores']} cores", ha="right", fontsize=8, color="#5e5c64")
+    figure.supxlabel(f"{about['processor']}, {about['cores']} cores", x=0.99, ha="right", fontsize=8, color="#5e5c64")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()

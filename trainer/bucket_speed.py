@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from trainer import data, examples, image, shards, storage
 from trainer.devices import Devices
+from trainer.errors import UserError
 
 
 def measure(
@@ -20,6 +21,10 @@ def measure(
     OSError.
     """
     paths = examples.read_folder(local_dir).examples.paths
+
+    pack = examples.read_folder(packed_url).pack
+    if not pack:
+        raise UserError(f"{packed_url} holds no shards: run trainer.pack into it first.")
 
     def rate_of(source: data.Table | data.Files, seconds: float = 0.0) -> float:
         layout = data.ordered_epoch(len(paths), batch_size=32, replicas=1)
@@ -48,7 +53,7 @@ def measure(
 
     def rate_of_shards() -> float:
         started = time.monotonic()
-        read = shards.stage(examples.read_folder(packed_url).pack, "", lambda count: None)
+        read = shards.stage(pack, "", lambda count: None)
         return rate_of(files("", read), time.monotonic() - started)
 
     image.decode(tf.io.read_file(os.path.join(local_dir, paths[0])), image_size)  # what happens only once

@@ -76,7 +76,7 @@ def newest(directory: str, *, set_aside: bool = True) -> Save | None:
 
 
 def _read(path: str) -> Save:
-    with np.load(io.BytesIO(storage.read(path))) as archive:
+    with np.load(io.BytesIO(storage.read(path) or b"")) as archive:
         arrays = {name: archive[name] for name in archive.files}
     return Save(arrays, json.loads(arrays.pop(STATE).tobytes()))
 

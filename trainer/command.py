@@ -13,7 +13,8 @@ import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from absl import flags, logging
 
@@ -95,6 +96,11 @@ def require(*names: str) -> None:
     for name in names:
         if not flags.FLAGS[name].value:
             raise UserError(f"--{name} is not set: pass it. {flags.FLAGS[name].help}")
+
+
+def values(names: Iterable[str]) -> dict[str, Any]:
+    """What the flags of those names are set to."""
+    return {name: flags.FLAGS[name].value for name in names}
 
 
 # Read by TensorFlow when it is loaded, and by no means later.

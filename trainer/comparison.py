@@ -46,6 +46,7 @@ def write(report_dir: str, folders: list[str]) -> dict[str, Any]:
 
 def _model(run: Record, folder: str, correct: list[bool]) -> dict[str, Any]:
     low, high = scoring.wilson_interval(sum(correct), len(correct))
+    assert run.scores  # an evaluation has predictions
     return {
         **{"model_dir": run.flags["model_dir"], "folder": folder, "correct": sum(correct)},
         **{"accuracy": sum(correct) / len(correct), "low": low, "high": high},

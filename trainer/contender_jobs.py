@@ -47,6 +47,7 @@ class Timed:
 
     def lines(self):
         """Yields (seconds since the start, line) until the process ends."""
+        assert self._process.stdout
         for line in self._process.stdout:
             self._text.append(line)
             yield time.monotonic() - self._started, line

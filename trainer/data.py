@@ -217,8 +217,11 @@ def _read_and_decode(
 def _reader(files: Files):
     """Adds the bytes of the file as `contents`, empty if it is gone. What else fails ends the pass: it is no bad picture."""
 
+    read_bytes = files.read
+    assert read_bytes  # what is not on this machine comes with it
+
     def read_in_python(index: tf.Tensor) -> tf.Tensor:
-        contents = tf.numpy_function(lambda i: files.read(str(files.paths[i])), [index], tf.string, stateful=False)
+        contents = tf.numpy_function(lambda i: read_bytes(str(files.paths[i])), [index], tf.string, stateful=False)
         return tf.ensure_shape(contents, [])
 
     if files.directory:
@@ -240,8 +243,11 @@ def _reader(files: Files):
 def _batch_reader(files: Files):
     """As _reader, for a batch at once, in Python alone."""
 
+    read_bytes = files.read
+    assert read_bytes
+
     def read_all(index: np.ndarray) -> np.ndarray:
-        return np.array([files.read(path) for path in files.paths[index]], object)
+        return np.array([read_bytes(path) for path in files.paths[index]], object)
 
     def read(batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         contents = tf.numpy_function(read_all, [batch["index"]], tf.string, stateful=False)

@@ -108,9 +108,9 @@ def _samples(outcome: Outcome, is_readable: np.ndarray) -> tuple[list[bytes], tf
     chosen = readable[np.linspace(0, len(readable) - 1, min(NUM_SAMPLES, len(readable))).astype(int)]
     samples, pictures = [], []
     for path in outcome.validation.paths[chosen]:
-        contents = shards.read(settings.data_dir, path)
+        contents = shards.read(settings.data_dir, path) or b""
         try:
-            pictures.append(image.decode(tf.constant(contents or b""), settings.image_size))
+            pictures.append(image.decode(tf.constant(contents), settings.image_size))
         except tf.errors.InvalidArgumentError:
             continue
         samples.append(contents)

@@ -34,6 +34,7 @@ class Display:
 
     def _draw_confusion_matrix(self) -> None:
         run = record.read(self._job_dir)
+        assert run.scores  # the run is finished
         with figures.style():
             png = figures.png(figures.confusion_matrix(run.labels, run.scores))
         self._board.write_picture("confusion_matrix", png, epoch=run.best["epoch"])

@@ -93,7 +93,7 @@ def _judge(model_dir: str, data_dir: str, folder: Folder) -> Judged:
     bad_files = [*folder.bad_files, *unreadable]
     total = len(shown) + len(folder.bad_files)
     examples.check_bad_fraction(len(bad_files), total, bad_files[:1], max_bad_fraction)
-    probabilities = np.stack([answer.probabilities for answer in answers if not answer.error])
+    probabilities = np.stack([answer.probabilities for answer in answers if answer.probabilities is not None])
     return Judged(labeller, shown.take(is_readable), probabilities, bad_files)
 
 

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --data_dir={arguments[0]} if it is the folder.")
     command.require("data_dir")
-    data_dir, output_dir, fix = (flags.FLAGS[name].value for name in ("data_dir", "output_dir", "fix"))
+    data_dir, output_dir, fix = command.values(("data_dir", "output_dir", "fix")).values()
     started = time.monotonic()
     with tfds_folder.laid_out(data_dir) as directory:
         found = inspection.inspect(directory, progress=sys.stderr.isatty())
@@ -63,7 +63,7 @@ def what_is_wrong(found: Inspection) -> list[tuple[str, list[str]]]:
     empty = [name for name, count in found.class_counts.items() if not count]
     single = [name for name, count in found.class_counts.items() if count == 1]
     counts = found.class_counts
-    ends = (min(counts, key=counts.get), max(counts, key=counts.get))
+    ends = (min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__))
     unbalanced = [", ".join(f"{name!r}: {counts[name]}" for name in ends)] if found.is_unbalanced else []
     findings = [
         ("files that are no readable pictures: remove or replace them", [f"{f.path!r}: {f.reason}" for f in found.bad]),

@@ -140,7 +140,7 @@ def inspect_file(task: tuple[str, str, str]) -> File:
     file = File(listing.printable(path), class_name, check.reason, check.kind, content_hash=check.content_hash)
     if not check.content_hash:
         return file
-    contents = contents or storage.read(full_path)
+    contents = contents or storage.read(full_path) or b""
     size = formats.size(contents) or formats.Size(0, 0)
     file = file._replace(num_bytes=len(contents), width=size.width, height=size.height)
     if file.reason:

@@ -70,17 +70,17 @@ def run(
         print(plan.describe(settings, folder, sides, resolved))
         return 0
     cost = Cost(settings.price_per_hour, me.workers, settings.max_cost if me.is_chief else 0.0)
-    job = Job(
-        *(settings, me, folder, sides, machine, precision, xla),
-        JobDir(settings.job_dir),
-        Terminal(command.shows_bars(), last_stage="all" if settings.epochs else "head", cost=cost),
-        *(cost, stop, tell_tuner, build, None),
-    )
-    if _is_finished(job):
+    paths = JobDir(settings.job_dir)
+    if _is_finished(deliver.Outcome(settings, folder, sides.validation, paths, build), is_chief=me.is_chief):
         return 0
     if me.is_chief:
-        storage.make_directory(job.paths.checkpoints)
-    job = job._replace(pictures=_pictures(job))
+        storage.make_directory(paths.checkpoints)
+    job = Job(
+        *(settings, me, folder, sides, machine, precision, xla, paths),
+        Terminal(command.shows_bars(), last_stage="all" if settings.epochs else "head", cost=cost),
+        *(cost, stop, tell_tuner, build),
+        _pictures(settings, folder, sides, paths),
+    )
     logging.info(
         "Worker %d of %d (%s), %d replicas in all, here on %s; %s, since %s; XLA %s.",
         *(me.index + 1, me.workers, me.source, machine.replicas, ", ".join(machine.names)),
@@ -125,9 +125,9 @@ def _run_under_lease(job: Job, resolved: dict, fingerprint: str) -> int:
     return 0
 
 
-def _is_finished(job: Job) -> bool:
+def _is_finished(outcome: deliver.Outcome, *, is_chief: bool) -> bool:
     """Whether nothing is left to do in job_dir, which is then said."""
-    settings, metrics = job.settings, storage.read_json(job.paths.metrics)
+    settings, metrics = outcome.settings, storage.read_json(outcome.paths.metrics)
     if not metrics or metrics["epochs"] != [settings.head_epochs, settings.epochs]:
         return False
     if metrics.get("stopped_by_cost"):
@@ -138,25 +138,24 @@ def _is_finished(job: Job) -> bool:
         )
     else:
         logging.info("The run in %s is finished: val_accuracy %.4f.", settings.job_dir, metrics["val_accuracy"])
-        if job.me.is_chief:
-            metrics = deliver.what_is_missing(_outcome(job), metrics)
+        if is_chief:
+            metrics = deliver.what_is_missing(outcome, metrics)
             draw_missing(settings.job_dir)
-    _say_what_is_there(job, metrics)
+    _say_what_is_there(outcome, metrics)
     return True
 
 
-def _pictures(job: Job) -> Pictures:
+def _pictures(settings: Config, folder: Folder, sides: Split, paths: JobDir) -> Pictures:
     """Raises UserError, before anything is trained, if --cache does not fit."""
-    settings = job.settings
     cache = data.choose_cache(
         settings.cache,
-        num_bytes=len(job.folder.examples) * settings.image_size**2 * 3,
+        num_bytes=len(folder.examples) * settings.image_size**2 * 3,
         passes=settings.epochs + bool(settings.head_epochs),
-        directory=settings.cache_dir or job.paths.checkpoints,
+        directory=settings.cache_dir or paths.checkpoints,
     )
     names = ("image_size", "cache_dir", "read_parallelism")
     options = {name: getattr(settings, name) for name in names}
-    return Pictures(settings.data_dir, job.folder, job.sides, cache=cache, **options)
+    return Pictures(settings.data_dir, folder, sides, cache=cache, **options)
 
 
 def _lease(job: Job):
@@ -207,7 +206,7 @@ def _train_and_export(job: Job, fingerprint: str) -> None:
     if job.pictures.num_shards:
         with job.terminal.pass_over("fetching shards", job.pictures.num_shards) as bar:
             job.pictures.stage(bar.update)
-    display = None
+    display: Display | None = None
     if job.me.is_chief:
         display = Display(job.settings.job_dir, TensorBoard(job.settings.tensorboard_dir, job.settings.as_dict()))
         for row in training.progress.history:  # of earlier starts: a tuner that lost them gets them again
@@ -222,8 +221,8 @@ def _train_and_export(job: Job, fingerprint: str) -> None:
         training.end(training.progress.stage)
     training.wait()
     job.terminal.close()
-    if not job.me.is_chief:
-        return
+    if not display:
+        return  # the chief writes what there is
     if is_stopped_by_cost:
         logging.warning(
             "Stopped: the job has cost %.2f, as --max_cost=%s says. All is saved in %s; the same command with a higher "
@@ -295,7 +294,7 @@ def _train(job: Job, network: Network, training: Run, bad_files: dict[str, BadFi
 def _finish(job: Job, training: Run, display: Display, num_bad: int, *, is_stopped_by_cost: bool) -> None:
     """Exports the best weights and writes what a finished run leaves."""
     settings = job.settings
-    outcome = _outcome(job)
+    outcome = deliver.Outcome(settings, job.folder, job.sides.validation, job.paths, job.build)
     best = deliver.best_network(outcome)
     differences = deliver.everything(outcome, best, training.best.is_readable)
     metrics = {**_metrics(job, training, num_bad), "export_differences": differences}
@@ -309,7 +308,7 @@ def _finish(job: Job, training: Run, display: Display, num_bad: int, *, is_stopp
     job.paths.write_times(training.progress.times)
     storage.write_json(job.paths.metrics, metrics)
     display.finish()
-    _say_what_is_there(job, metrics)
+    _say_what_is_there(outcome, metrics)
 
 
 def _hint_at_input(stage: Stage, result: stages.EpochResult, said: str) -> str:
@@ -330,10 +329,6 @@ def _write_epoch(job: Job, training: Run, *, is_best: bool) -> None:
         shown, best = job.sides.validation, training.best
         probabilities = best.probabilities[best.is_readable]
         job.paths.write_predictions(shown.take(best.is_readable), probabilities, job.folder.class_names)
-
-
-def _outcome(job: Job) -> deliver.Outcome:
-    return deliver.Outcome(job.settings, job.folder, job.sides.validation, job.paths, job.build)
 
 
 def _metrics(job: Job, training: Run, num_bad: int) -> dict:
@@ -364,14 +359,14 @@ def _metrics(job: Job, training: Run, num_bad: int) -> dict:
     return metrics
 
 
-def _say_what_is_there(job: Job, metrics: dict) -> None:
-    settings = job.settings
-    example = f"{settings.data_dir}/{job.sides.validation.paths[0]}"
+def _say_what_is_there(outcome: deliver.Outcome, metrics: dict) -> None:
+    settings = outcome.settings
+    example = f"{settings.data_dir}/{outcome.validation.paths[0]}"
     lines = [
         f"val_accuracy {metrics['val_accuracy']:.4f} (epoch {metrics['best_epoch']}), {wording.duration(metrics['seconds'])}",
         f"report: {settings.job_dir}/report/index.html",
         f"model:  {settings.model_dir}",
-        *(f"        {path}" for path in deliver.further_paths(_outcome(job))),
+        *(f"        {path}" for path in deliver.further_paths(outcome)),
         "try it: " + plan.shell_line("python", "-m", "trainer.predict", f"--model_dir={settings.model_dir}", example),
     ]
     print("\n".join(lines), flush=True)

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from trainer import examples, storage
+from trainer.errors import UserError
 from trainer.examples import BadFile, Examples, Split
 
 HISTORY_COLUMNS = (
@@ -66,8 +67,11 @@ class JobDir(NamedTuple):
         storage.write_whole(self.labels, "".join(f"{name}\n" for name in class_names))
 
     def read_class_names(self) -> tuple[str, ...]:
-        """The classes in labels.txt."""
-        return tuple(storage.read(self.labels).decode().removesuffix("\n").split("\n"))
+        """The classes in labels.txt. Raises UserError if it is not there."""
+        contents = storage.read(self.labels)
+        if contents is None:
+            raise UserError(f"{self.labels} is not there, which names the classes: restore it, or train again.")
+        return tuple(contents.decode().removesuffix("\n").split("\n"))
 
     def write_bad_files(self, bad_files: list[BadFile]) -> None:
         """Writes bad_files.csv: path and reason of each file that was left out."""

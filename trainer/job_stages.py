@@ -42,7 +42,7 @@ class Job(NamedTuple):
     stop: threading.Event  # set when a signal asks for the end
     tell_tuner: Callable[[dict], None]
     build: Callable[..., Network]
-    pictures: Pictures | None
+    pictures: Pictures
 
     def wish_to_stop(self) -> float:
         """0, or why this worker wants to end; only the chief looks at the cost."""
@@ -189,7 +189,8 @@ def _stage(job: Job, name: str, epochs: int, recipe: train.Recipe, networks, sou
         return layout, data.batches(layout, sources[1], validation.labels, finish=finish(None), devices=job.devices)
 
     # The steps to profile are those of the network's stage, or of the head where that is all there is.
-    is_profiled = settings.profile_steps and (name == "all" or not settings.epochs) and job.me.is_chief
-    profile = train.Profile(settings.tensorboard_dir, *config.profile_range(settings)) if is_profiled else None
+    is_profiled = (name == "all" or not settings.epochs) and job.me.is_chief
+    steps = config.profile_range(settings) if is_profiled else None
+    profile = train.Profile(settings.tensorboard_dir, *steps) if steps else None
     stage = Stage(name, epochs, make_loop, training_batches, validation_batches, training.paths)
     return stage._replace(profile=profile)

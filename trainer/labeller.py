@@ -149,7 +149,7 @@ def label(labeller: Labeller, pictures: list[tuple[str, bytes]], *, explain: boo
     """
     reasons = [formats.reason_against(contents) for _, contents in pictures]
     good = [picture for picture, reason in zip(pictures, reasons, strict=True) if not reason]
-    answers = _ask(labeller.explain if explain else labeller.probabilities, good)
+    answers = _ask(labeller.explain if explain and labeller.explain else labeller.probabilities, good)
     return [
         Prediction(name, None, reason) if reason else next(answers)
         for (name, _), reason in zip(pictures, reasons, strict=True)

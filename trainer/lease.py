@@ -91,9 +91,10 @@ def _write_own(path: str, mine: bytes, generation: int) -> int:
     try:
         return bucket.write(path, mine, generation=generation, patience_seconds=SECONDS / 2).generation
     except FileExistsError:
-        if storage.read(path) != mine:
+        found = bucket.find(path)
+        if found is None or storage.read(path) != mine:
             raise
-        return bucket.find(path).generation  # an attempt whose answer was lost had done it
+        return found.generation  # an attempt whose answer was lost had done it
 
 
 def _take(path: str, mine: bytes) -> int:

@@ -97,7 +97,7 @@ def weights_identity(weights: str) -> str:
     """What tells weights apart: their name, and of a file its content."""
     if weights in ("imagenet", "none"):
         return weights
-    return hashlib.md5(storage.read(weights), usedforsecurity=False).hexdigest()
+    return hashlib.md5(storage.read_existing(weights), usedforsecurity=False).hexdigest()
 
 
 def load_weights(model: keras.Model, path: str, *, flag: str) -> None:

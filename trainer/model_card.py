@@ -26,8 +26,9 @@ def write(job_dir: str) -> None:
 
 def _text(run: Record) -> str:
     rows = []
+    assert run.scores  # it is written of finished runs
     for name, scores in zip(run.labels, run.scores.per_class, strict=True):
-        support = int(scores["support"])
+        support = int(scores["support"] or 0)
         found = round((scores["recall"] or 0) * support)
         interval = scoring.wilson_interval(found, support) if support else None
         rows.append({"name": _plain(name), "training": run.training[name], "recall_interval": interval, **scores})

@@ -121,7 +121,7 @@ def _write_shard(folder: Folder, read, output_dir: str, number: int, order: list
     with tempfile.TemporaryDirectory() as directory:
         written = _write_local(folder, read, os.path.join(directory, "shard"), number, order, shard_bytes)
         _check(written)
-        contents = storage.read(written.path)
+        contents = storage.read_existing(written.path)
     storage.write_whole(storage.join(output_dir, shards.shard_name(number)), contents)
     shards.write_index(output_dir, number, written.records)
     return {

@@ -50,7 +50,7 @@ class Pictures:
 
     def stage(self, on_shard: Callable[[int], None]) -> None:
         """Brings shards to this machine, once. Raises UserError if they do not fit, OSError if they cannot be read."""
-        if self.num_shards:
+        if self._pack and not self._staged:
             self._staged = shards.stage(self._pack, self._cache_dir, on_shard)
 
     @property

@@ -167,7 +167,8 @@ def _append(journal: str, predictions: Iterator[Prediction], keep: Callable[[], 
 
 
 def _journal_line(prediction: Prediction) -> str:
-    values = None if prediction.error else [float(value) for value in prediction.probabilities]
+    probabilities = prediction.probabilities
+    values = None if probabilities is None else [float(value) for value in probabilities]
     return json.dumps([prediction.path, values, prediction.error]) + "\n"
 
 
@@ -261,8 +262,8 @@ def main(arguments: list[str]) -> int:
         predictions = predict(labeller, find_pictures(arguments), batch_size=batch_size)
         for line in _table(tally.over(predictions), labeller.class_names):
             print(line, flush=True)
-    if tally.failures == tally.pictures:
-        first = tally.first_failure
+    first = tally.first_failure
+    if first and tally.failures == tally.pictures:
         raise UserError(f"none of {tally.pictures} files could be labelled; the first: {first.path}: {first.error}.")
     return 0
 

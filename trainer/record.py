@@ -137,12 +137,15 @@ class Record:
 
     @functools.cached_property
     def most_common(self) -> int:
-        """The class of most validation pictures."""
-        return max(range(len(self.labels)), key=lambda k: self.scores.per_class[k]["support"])
+        """The class of most validation pictures, where there are predictions."""
+        scores = self.scores
+        assert scores
+        return max(range(len(self.labels)), key=lambda k: scores.per_class[k]["support"] or 0)
 
     @functools.cached_property
     def confused_pairs(self) -> list[dict[str, Any]]:
-        """Which class is most often taken for which."""
+        """Which class is most often taken for which, where there are predictions."""
+        assert self.scores
         confusion = self.scores.confusion
         wrong = confusion - np.diag(confusion.diagonal())
         order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS]

@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --model_dir={arguments[0]} if it is the model.")
     names = ("model_dir", "host", "port", "max_request_mb", "max_requests", "max_megapixels", "timeout_secs")
-    values = {name: flags.FLAGS[name].value for name in names}
+    values = command.values(names)
     given = {name for name in names if flags.FLAGS[name].present}
     values = with_environment(values, given, os.environ)
     model_dir = values["model_dir"]
@@ -118,7 +118,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise UserError(
-            f"--host={host} --port={port} cannot be listened on ({os.strerror(error.errno)}): pass another."
+            f"--host={host} --port={port} cannot be listened on ({os.strerror(error.errno or 0)}): pass another."
         ) from None
 
 

@@ -129,7 +129,8 @@ class Service:
         return JSONResponse({"predictions": predictions})
 
     async def _predictions(self, request: Request) -> list[dict]:
-        if self._labeller is None:
+        labeller = self._labeller
+        if labeller is None:
             raise Refused(503, "The model is being loaded: come again.")
         if self._num_requests >= self._limits.requests:
             raise Refused(503, f"{self._limits.requests} requests are being worked on, as many as may be: come again.")
@@ -141,9 +142,9 @@ class Service:
                 doing = "The model was not free"
                 contents, explain = await asyncio.to_thread(read_request, body, self._limits.pixels)
                 del body
-                if explain and not self._labeller.explain:
+                if explain and not labeller.explain:
                     raise Refused(400, "This model was exported without heat maps: leave out the parameter explain.")
-                return await self._ask(contents, explain)
+                return await self._ask(labeller, contents, explain)
         except TimeoutError:
             status = 408 if doing.startswith("The request") else 503
             raise Refused(status, f"{doing} within {self._limits.seconds:g} seconds.") from None
@@ -163,32 +164,35 @@ class Service:
             raise Refused(413, f"The request is larger than {limit // 2**20} MiB: send fewer or smaller pictures.")
         return body
 
-    async def _ask(self, contents: list[bytes | Refused], explain: bool) -> list[dict]:
+    async def _ask(self, labeller: Labeller, contents: list[bytes | Refused], explain: bool) -> list[dict]:
         """A prediction for each of the contents; between batches others may have their turn."""
         predictions = []
         for batch in batches(contents, self._limits.pixels):
             good = [("", content) for content in batch if not isinstance(content, Refused)]
-            work = functools.partial(label, self._labeller, good, explain=explain)
+            work = functools.partial(label, labeller, good, explain=explain)
             answers = iter(await asyncio.get_running_loop().run_in_executor(self._model_thread, work))
             predictions += [
-                {"error": str(content)} if isinstance(content, Refused) else self._as_json(next(answers))
+                {"error": str(content)}
+                if isinstance(content, Refused)
+                else _as_json(next(answers), labeller.class_names)
                 for content in batch
             ]
         return predictions
 
-    def _as_json(self, prediction: Prediction) -> dict:
-        if prediction.error:
-            return {"error": prediction.error}
-        probabilities = [float(value) for value in prediction.probabilities]
-        best = int(prediction.probabilities.argmax())
-        answer = {
-            "label": self._labeller.class_names[best],
-            "probability": probabilities[best],
-            "probabilities": probabilities,
-        }
-        if prediction.heatmap is not None:
-            answer["heatmap"] = [[round(float(value), 3) for value in row] for row in prediction.heatmap]
-        return answer
+
+def _as_json(prediction: Prediction, class_names: tuple[str, ...]) -> dict:
+    if prediction.probabilities is None:
+        return {"error": prediction.error}
+    probabilities = [float(value) for value in prediction.probabilities]
+    best = int(prediction.probabilities.argmax())
+    answer = {
+        "label": class_names[best],
+        "probability": probabilities[best],
+        "probabilities": probabilities,
+    }
+    if prediction.heatmap is not None:
+        answer["heatmap"] = [[round(float(value), 3) for value in row] for row in prediction.heatmap]
+    return answer
 
 
 def batches(contents: list[bytes | Refused], max_pixels: int) -> Iterator[list[bytes | Refused]]:

@@ -9,6 +9,7 @@ from absl import logging
 from trainer import examples, storage
 from trainer.errors import UserError
 from trainer.examples import Folder, Split
+from trainer.listing import Sides
 
 
 def choose(folder: Folder, *, validation_split: float, split_file: str) -> Split:
@@ -16,7 +17,7 @@ def choose(folder: Folder, *, validation_split: float, split_file: str) -> Split
     if split_file:
         return _as_in_file(folder, split_file)
     if folder.sides:
-        return _as_in_folders(folder)
+        return _as_in_folders(folder, folder.sides)
     return examples.split(folder.examples, validation_split)
 
 
@@ -30,17 +31,17 @@ def origin(folder: Folder, *, validation_split: float, split_file: str) -> str:
     return f"given by the folders {folder.sides.training}/ and {folder.sides.validation}/{left_out}"
 
 
-def _as_in_folders(folder: Folder) -> Split:
-    is_training = np.array([path.startswith(f"{folder.sides.training}/") for path in folder.examples.paths], bool)
+def _as_in_folders(folder: Folder, named: Sides) -> Split:
+    is_training = np.array([path.startswith(f"{named.training}/") for path in folder.examples.paths], bool)
     sides = Split(folder.examples.take(is_training), folder.examples.take(~is_training))
     shared = set(sides.training.hashes) & set(sides.validation.hashes)
     if shared:
         path = next(p for p, h in zip(sides.validation.paths, sides.validation.hashes, strict=True) if h in shared)
         logging.warning(
             "%d contents lie both in %s and in %s (the first: %r): the validation accuracy will be too good.",
-            *(len(shared), folder.sides.training, folder.sides.validation, path),
+            *(len(shared), named.training, named.validation, path),
         )
-    return _checked(sides, folder, f"the folders {folder.sides.training}/ and {folder.sides.validation}/")
+    return _checked(sides, folder, f"the folders {named.training}/ and {named.validation}/")
 
 
 def _as_in_file(folder: Folder, split_file: str) -> Split:

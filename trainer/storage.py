@@ -56,6 +56,14 @@ def read(path: str) -> bytes | None:
         return None
 
 
+def read_existing(path: str) -> bytes:
+    """The bytes of a file that is there. Raises OSError, FileNotFoundError if it is not."""
+    contents = read(path)
+    if contents is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    return contents
+
+
 def content_hash(path: str) -> str | None:
     """The MD5 of a file as hex, which a bucket knows without its being read; None if there is no such file."""
     if is_remote(path) and (known := _bucket().find(path)) and known.content_hash:
@@ -190,7 +198,7 @@ def upload_changed(directory: str, path: str, sizes: dict[str, int]) -> None:
             file = os.path.join(root, name)
             size = os.path.getsize(file)
             if sizes.get(file) != size:
-                write_whole(join(path, os.path.relpath(file, directory)), read(file))
+                write_whole(join(path, os.path.relpath(file, directory)), read_existing(file))
                 sizes[file] = size
 
 

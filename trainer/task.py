@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             f"{arguments[0]!r} is not a flag: write --name=value; --data_dir={arguments[0]} if it is the folder."
         )
-    values = {name: flags.FLAGS[name].value for name in config.DEFAULTS}
+    values = command.values(config.DEFAULTS)
     return run(with_environment(Config(**values), os.environ))
 
 

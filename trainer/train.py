@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
 def make_optimizer(recipe: Recipe, *, epochs: int, steps_per_epoch: int, loss_scaling: bool) -> keras.Optimizer:
     """The Keras optimizer of a recipe; `loss_scaling` is for float16, whose small gradients would vanish."""
     kinds = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW, "sgd": keras.optimizers.SGD}
-    arguments = {"momentum": 0.9} if recipe.optimizer == "sgd" else {}
+    arguments: dict[str, float | None] = {"momentum": 0.9} if recipe.optimizer == "sgd" else {}
     if recipe.weight_decay or recipe.optimizer != "adamw":  # AdamW brings a weight decay of its own
         arguments["weight_decay"] = recipe.weight_decay or None
     optimizer = kinds[recipe.optimizer](
@@ -238,6 +238,8 @@ def collect(
         values[index] = output[is_real, :-2]
         is_readable[index] = output[is_real, -2] > 0
         on_batch(len(index))
+    if values is None:
+        raise ValueError("a pass without a batch")
     return Outputs(values, is_readable)
 
 
