@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SIDE_BY_SIDE := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format lock audit clean
+.PHONY: demo test check format lock audit coverage clean
 
 demo: $(VENV)/.installed  ## draw a picture set, train on it, export the model: under 5 minutes on 2 cores
 	$(BIN)/python -m trainer.task --flagfile=deploy/flags/demo.flags
@@ -19,6 +19,12 @@ check: $(VENV)/.installed-dev  ## format, lint, types, fast tests: under 2 minut
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
+
+coverage: $(VENV)/.installed-dev  ## all tests, and which lines they did not run; what a killed process ran is not counted
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 format: $(VENV)/.installed-dev  ## format and mend what can be mended
 	$(BIN)/ruff format .
@@ -34,7 +40,7 @@ audit: $(VENV)/.installed-dev  ## what is known against the image's packages; as
 	  --requirement=deploy/image/$$variant.txt || exit 1; done
 
 clean:  ## delete the environment, caches and the demo's output
-	rm -rf $(VENV) demo_job build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo_job build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 	find trainer tests -name __pycache__ -exec rm -rf {} +
 
 $(VENV)/.installed: setup.py constraints.txt

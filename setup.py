@@ -39,7 +39,7 @@ setup(
         "tune": ["optuna>=4.5"],  # trainer.tune
         "dev": [
             *("ai-edge-litert>=2.1", "onnx>=1.18", "onnxruntime>=1.22", "tf2onnx>=1.17"),
-            *("hypothesis>=6.100", "mypy>=1.15", "optuna>=4.5", "playwright>=1.45", "pytest>=8.2"),
+            *("coverage>=7.10", "hypothesis>=6.100", "mypy>=1.15", "optuna>=4.5", "playwright>=1.45", "pytest>=8.2"),
             *("pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6", "uv>=0.5"),
             # These hold deploy/, Dockerfile and cloudbuild.yaml against schemas, protos and rules of their own.
             *("common-expression-language>=0.5", "google-cloud-aiplatform>=2.0", "google-cloud-build>=3.30"),
