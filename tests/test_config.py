@@ -90,3 +90,17 @@ def test_a_format_whose_packages_are_missing_is_refused_before_anything_is_done(
     with pytest.raises(UserError, match="onnx takes packages that are not installed \\(tf2onnx\\): pip install"):
         task.run(settings)
     assert not (tmp_path / "job").exists()
+
+
+def test_a_run_that_ended_before_its_first_save_stands_in_nobodys_way(tmp_path):
+    """Such as one whose weights could not be downloaded: the flag that mends it is another flag."""
+    job = Config(job_dir=str(tmp_path), weights="w.h5")
+    before = {"flags": {**job.as_dict(), "weights": "imagenet"}, "fingerprint": "of other pictures"}
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "features-0123456789abcdef-000000000.npz").touch()
+    task._check_same_run(job, before, "of these")
+    for name in ("checkpoints/000001.npz", "checkpoints/000001.npz.damaged", "best.weights.h5", "metrics.json"):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=r"weights: imagenet -> w\.h5"):
+            task._check_same_run(job, before, "of these")
+        (tmp_path / name).unlink()

@@ -170,21 +170,36 @@ def _with_tfds_pictures(settings: Config, temporary: str) -> Config:
 
 
 def _check_same_run(settings: Config, before: dict | None, fingerprint: str) -> None:
-    """Raises UserError if job_dir holds a run that is not this one, or any run and --noresume."""
+    """Raises UserError if job_dir holds a run that is not this one, or any run and --noresume.
+
+    One that ended before it had anything to go on from, say for want of its weights, stands in nobody's way.
+    """
     if before is None:
+        return
+    if not _has_progress(settings.job_dir):
+        logging.info(
+            "The run in %s ended before its first save: it begins anew, with the flags of now.", settings.job_dir
+        )
         return
     if not settings.resume:
         raise UserError(f"{settings.job_dir} holds a run already and --noresume is set: pass another --job_dir.")
     differences = config.changes(before["flags"], settings.as_dict())
     if differences:
         raise UserError(
-            f"{settings.job_dir} holds a run of other flags ({'; '.join(differences)}): pass another --job_dir, or those flags."
+            f"{settings.job_dir} holds a run of other flags ({'; '.join(differences)}): pass another --job_dir, or "
+            "the flags that it had."
         )
     if before["fingerprint"] != fingerprint:
         raise UserError(
             f"The pictures in {settings.data_dir} are not those that the run in {settings.job_dir} began with (see "
             "split.csv there): restore them, or pass another --job_dir."
         )
+
+
+def _has_progress(job_dir: str) -> bool:
+    """Whether a run has left saves (trainer.checkpoint names them by number), weights or figures there."""
+    saves = [name for name in storage.list_names(f"{job_dir}/checkpoints") if name.split(".")[0].isdigit()]
+    return bool(saves) or any(storage.exists(f"{job_dir}/{name}") for name in ("best.weights.h5", "metrics.json"))
 
 
 def _check_rights(settings: Config, *, is_writing: bool) -> None:
