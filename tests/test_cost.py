@@ -30,7 +30,7 @@ def test_the_cost_is_the_price_of_all_machines_over_all_starts():
 
 
 def test_the_progress_line_tells_cost_so_far_and_in_the_end(caplog, monkeypatch):
-    terminal = Terminal(False, last_stage="all", cost=Cost(3600, 2, 0, seconds_before=100))
+    terminal = Terminal(False, last_stage="all", cost=Cost(3600, 2, 0, clock=lambda: 0, seconds_before=100))
     monkeypatch.setattr("trainer.terminal.SECONDS_BETWEEN_LINES", 0)
     with caplog.at_level("INFO", "absl"):
         terminal.on_round("all", 1, 1, 10, Totals(steps=5, examples=40, seconds=50))
