@@ -14,6 +14,8 @@ import re
 import string
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags, logging
 
@@ -61,7 +63,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def read_settings(text: str, environment) -> dict[str, str]:
+def read_settings(text: str, environment: Mapping[str, str]) -> dict[str, str]:
     """The NAME=value lines of a file, each overridden by a variable of the environment. Raises UserError."""
     names = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -77,7 +79,7 @@ def read_settings(text: str, environment) -> dict[str, str]:
     return names
 
 
-def parse(text: str, names: dict[str, str], source: str):
+def parse(text: str, names: dict[str, str], source: str) -> Any:
     """The CustomJob or HyperparameterTuningJob that a specification describes.
 
     Raises UserError for a ${NAME} without a value, for YAML that is none and for fields that Vertex AI does not know.
@@ -105,12 +107,12 @@ def parse(text: str, names: dict[str, str], source: str):
     return kind.wrap(message)
 
 
-def custom_job_spec(job):
+def custom_job_spec(job: Any) -> Any:
     """What one machine of the job does: the CustomJobSpec of a CustomJob, or that of a HyperparameterTuningJob's trials."""
     return job.job_spec if hasattr(job, "job_spec") else job.trial_job_spec
 
 
-def submit(job, *, project: str, region: str, endpoint: str) -> str:
+def submit(job: Any, *, project: str, region: str, endpoint: str) -> str:
     """Submits the job; returns its resource name. Raises UserError if Vertex AI refuses it."""
     v1, _, _ = _client()
     from google.api_core import exceptions
@@ -136,7 +138,7 @@ def submit(job, *, project: str, region: str, endpoint: str) -> str:
         raise UserError(f"Vertex AI refuses the job: {error.message}") from None
 
 
-def _check_arguments(job) -> None:
+def _check_arguments(job: Any) -> None:
     """Raises UserError if the trainer does not know an argument: better now than minutes later on a paid machine."""
     spec = custom_job_spec(job)
     for number, pool in enumerate(spec.worker_pool_specs):
@@ -150,7 +152,7 @@ def _check_arguments(job) -> None:
     logging.info("%d worker pools; the trainer knows all their arguments.", len(spec.worker_pool_specs))
 
 
-def _as_yaml(job) -> str:
+def _as_yaml(job: Any) -> str:
     _, yaml, json_format = _client()
     return yaml.safe_dump(json_format.MessageToDict(type(job).pb(job)), sort_keys=False)
 
@@ -163,7 +165,7 @@ def _read(path: str, flag: str) -> str:
         raise UserError(f"{flag}={path} cannot be read ({error.strerror}): pass a file.") from None
 
 
-def _client():
+def _client() -> Any:
     """Vertex AI's client, PyYAML and protobuf's JSON; a UserError where they are not installed."""
     try:
         import yaml

@@ -91,7 +91,9 @@ def split(pictures: Examples, number: int) -> np.ndarray:
     return is_held_out
 
 
-def run(features, labels, is_held_out, seed: int, epochs: int, recipe: train.Recipe) -> list[tuple[float, float]]:
+def run(
+    features: np.ndarray, labels: np.ndarray, is_held_out: np.ndarray, seed: int, epochs: int, recipe: train.Recipe
+) -> list[tuple[float, float]]:
     """Validation accuracy and loss after each epoch of a head over `features`, float32 [N, F]."""
     keras.utils.set_random_seed(seed)
     inputs, devices = keras.Input([features.shape[1]]), contenders.one_device()

@@ -18,11 +18,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import browser  # noqa: E402
 from conftest import free_ports  # noqa: E402
+from playwright.sync_api import Browser  # noqa: E402
 
 WIDTH = 1000  # pixels
 
 
-def photograph_report(chromium, job_dir: pathlib.Path, directory: pathlib.Path) -> None:
+def photograph_report(chromium: Browser, job_dir: pathlib.Path, directory: pathlib.Path) -> None:
     """Leaves report.png: the head of the page, down to the curves."""
     with browser.opened(chromium, job_dir / "report" / "index.html", width=WIDTH) as page:
         browser.assert_pictures_are_loaded(page, at_least=2)
@@ -32,7 +33,7 @@ def photograph_report(chromium, job_dir: pathlib.Path, directory: pathlib.Path) 
         page.screenshot(path=directory / "report.png", full_page=True, clip=clip)
 
 
-def photograph_server(chromium, job_dir: pathlib.Path, directory: pathlib.Path) -> None:
+def photograph_server(chromium: Browser, job_dir: pathlib.Path, directory: pathlib.Path) -> None:
     """Leaves served.png: the page of trainer.serve with a picture of each class dropped on it."""
     (port,) = free_ports(1)
     address = f"http://127.0.0.1:{port}"

@@ -48,6 +48,13 @@ def test_shards_are_the_folder_they_came_from(folder, tmp_path, bucket_url, wher
         assert shards.read(packed, path) == expected
 
 
+@pytest.mark.parametrize("contents", [None, b"another picture"])
+def test_a_picture_that_is_gone_or_another_while_it_is_packed_ends_it_without_a_shard(folder, tmp_path, contents):
+    with pytest.raises(UserError, match=r"'(cat|dog)/.*' changed while it was packed: start again"):
+        make(folder, str(tmp_path / "packed"), read=lambda path: contents)
+    assert not list((tmp_path / "packed").glob("*.tfrecord"))
+
+
 def test_the_same_folder_gives_the_same_bytes_in_any_tool_that_reads_tfrecord(folder, tmp_path):
     import tensorflow as tf
 

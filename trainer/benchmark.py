@@ -23,6 +23,7 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
 from tqdm import tqdm
@@ -115,7 +116,7 @@ def _suites(name: str, folder: str, directory: str) -> list:
     return [contender_jobs.growth_suite(folder, directory, sizes=sizes, image_size=size)]
 
 
-def measure(suite, rounds: int) -> dict:
+def measure(suite: Any, rounds: int) -> dict:
     """Every contender in turn, `rounds` times over; figures and aims as JSON holds them.
 
     Alternating, so that whatever else the machine does meanwhile meets all of them alike.

@@ -11,7 +11,7 @@ import errno
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -225,7 +225,7 @@ def check_writable(path: str, *, flag: str) -> None:
 
 
 @contextlib.contextmanager
-def _told(path: str, flag: str):
+def _told(path: str, flag: str) -> Iterator[None]:
     try:
         yield
     except TimeoutError:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -45,7 +46,7 @@ def measure(
             image.decode(tf.io.read_file(storage.join(folder_url, path)), image_size)
         return min(one_by_one, len(paths)) / (time.monotonic() - started)
 
-    def files(directory: str, read=None, parallelism: int = 0) -> data.Files:
+    def files(directory: str, read: Callable[[str], bytes] | None = None, parallelism: int = 0) -> data.Files:
         return data.Files(directory, paths, image_size, lambda index: None, read, parallelism)
 
     def from_bucket(path: str) -> bytes:

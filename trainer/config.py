@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from trainer.errors import UserError
 
@@ -72,7 +73,7 @@ class Config:
     log_format: str = "auto"
     verbosity: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raises UserError for what no flag's own bounds can see: numbers that are not finite, fields that contradict."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -181,7 +182,7 @@ def profile_range(settings: Config) -> tuple[int, int] | None:
     return int(words[0]), int(words[1])
 
 
-def replace(settings: Config, **values) -> Config:
+def replace(settings: Config, **values: Any) -> Config:
     """The same Config but for those fields."""
     return dataclasses.replace(settings, **values)
 

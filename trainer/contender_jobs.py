@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -24,7 +25,7 @@ from trainer.contenders import Aim, Contender, Suite, Values
 GOAL = 0.9649  # validation accuracy of the article
 
 
-def _python(code: str, *arguments) -> list[str]:
+def _python(code: str, *arguments: object) -> list[str]:
     return [sys.executable, "-c", code, *map(str, arguments)]
 
 
@@ -45,7 +46,7 @@ class Timed:
             self._timer = threading.Timer(limit_seconds, self._process.kill)
             self._timer.start()
 
-    def lines(self):
+    def lines(self) -> Iterator[tuple[float, str]]:
         """Yields (seconds since the start, line) until the process ends."""
         assert self._process.stdout
         for line in self._process.stdout:
@@ -79,7 +80,7 @@ class Timed:
 
 
 def accuracy_suite(
-    folder: str, weights: str, directory: str, *, image_size: int, budget_factor: float, task=TASK
+    folder: str, weights: str, directory: str, *, image_size: int, budget_factor: float, task: tuple[str, ...] = TASK
 ) -> Suite:
     """Our default recipe and the article's as Keras runs it: the same pictures, weights and split, imports included.
 
@@ -162,7 +163,7 @@ def article(split: str, weights: str, image_size: str) -> None:
 # ---- resume
 
 
-def resume_suite(folder: str, directory: str, *, image_size: int, task=TASK) -> Suite:
+def resume_suite(folder: str, directory: str, *, image_size: int, task: tuple[str, ...] = TASK) -> Suite:
     """ResNet50 from random weights, stopped by SIGTERM after its first steps, then started again."""
     common = [f"--data_dir={folder}", "--weights=none", "--head_epochs=0", "--epochs=50", "--batch_size=8",
               f"--image_size={image_size}", "--steps_per_loop=1"]  # fmt: skip

@@ -11,7 +11,7 @@ import pathlib
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -84,7 +84,7 @@ def step_suite(
     steps: int,
     half: str,
     with_xla: bool,
-    build=model.build,
+    build: Callable = model.build,
 ) -> Suite:
     """ResNet50's training step, all layers, Adam, batch statistics held still: our loop and Keras' fit.
 
@@ -136,7 +136,7 @@ def step_suite(
 
 def _our_steps(
     build: Callable, files: tuple | None, precision: str, xla: bool, *, image_size: int, batch_size: int, steps: int
-):
+) -> Callable[[], Values]:
     @once
     def prepare() -> tuple[train.Loop, Iterator]:
         network, devices = build(precision), one_device()
@@ -180,7 +180,9 @@ def _batch(network: model.Network, image_size: int, batch_size: int) -> dict[str
     }
 
 
-def _fit_steps(build: Callable, precision: str, xla: bool, *, image_size: int, batch_size: int, steps: int):
+def _fit_steps(
+    build: Callable, precision: str, xla: bool, *, image_size: int, batch_size: int, steps: int
+) -> Callable[[], Values]:
     @once
     def prepare() -> tuple[keras.Model, tf.data.Dataset]:
         network = build(precision)
@@ -200,9 +202,9 @@ def _fit_steps(build: Callable, precision: str, xla: bool, *, image_size: int, b
     return measure
 
 
-def _torch_steps(source: str, *, image_size: int, batch_size: int, steps: int):
+def _torch_steps(source: str, *, image_size: int, batch_size: int, steps: int) -> Callable[[], Values]:
     @once
-    def prepare():
+    def prepare() -> Callable[[], None]:
         import torch
 
         if source == "torchvision":
@@ -242,7 +244,7 @@ def once(prepare: Callable) -> Callable:
     """`prepare`, called at the first use only, so that a suite is cheap to describe."""
     made: list = []
 
-    def get():
+    def get() -> Any:
         if not made:
             made.append(prepare())
         return made[0]

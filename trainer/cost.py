@@ -19,7 +19,7 @@ class Cost:
     seconds_before: float = 0.0  # of earlier starts of the job
     clock: Callable[[], float] = time.monotonic
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._started = self.clock()
 
     def seconds(self) -> float:

@@ -9,8 +9,8 @@ import functools
 import mmap
 import os
 import shutil
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -131,7 +131,7 @@ def batches(
     finish: Finish | None,
     devices: Devices,
     first_step: int = 0,
-):
+) -> Iterable:
     """An iterable of this worker's batches from `first_step` on: dicts of x, label, weight, loss_weight, row, step.
 
     x is float [b, S, S, 3] in `finish.dtype`, or float32 [b, F] of a Table of features (`finish` None); label int32,
@@ -160,7 +160,7 @@ def batches(
     return devices.strategy.distribute_datasets_from_function(build)
 
 
-def _finisher(source: Table | Files, finish: Finish | None):
+def _finisher(source: Table | Files, finish: Finish | None) -> Callable[[dict], dict]:
     def finish_batch(batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         batch = dict(batch)
         index = batch.pop("index")
@@ -178,7 +178,7 @@ def _finisher(source: Table | Files, finish: Finish | None):
 
 
 @functools.cache
-def _preprocessor(preprocessing: str, dtype: str):
+def _preprocessor(preprocessing: str, dtype: str) -> Callable[[tf.Tensor], tf.Tensor]:
     """image.preprocess and the cast, compiled to one pass over the batch: a tenth of the CPU time of one for each."""
 
     @tf.function(autograph=False, jit_compile=True)
@@ -214,7 +214,7 @@ def _read_and_decode(
     return batched.with_options(options)
 
 
-def _reader(files: Files):
+def _reader(files: Files) -> Callable[[dict], dict]:
     """Adds the bytes of the file as `contents`, empty if it is gone. What else fails ends the pass: it is no bad picture."""
 
     read_bytes = files.read
@@ -240,7 +240,7 @@ def _reader(files: Files):
     return read
 
 
-def _batch_reader(files: Files):
+def _batch_reader(files: Files) -> Callable[[dict], dict]:
     """As _reader, for a batch at once, in Python alone."""
 
     read_bytes = files.read
@@ -257,7 +257,7 @@ def _batch_reader(files: Files):
 
 
 @functools.lru_cache(8)  # the training and the validation side of both stages
-def _decoder(files: Files):
+def _decoder(files: Files) -> Callable[[dict], dict]:
     """Decodes a batch, and reads it where the disk is a local one; a picture that fails gets zeros and weight 0.
 
     `on_bad` hears of it. tf.data cannot catch an error of one element but by `ignore_errors`, which drops it and would
@@ -270,15 +270,15 @@ def _decoder(files: Files):
         with tf.init_scope():
             paths = tf.constant([storage.join(files.directory, path) for path in files.paths])
 
-    def decode(path_or_contents: tf.Tensor):
+    def decode(path_or_contents: tf.Tensor) -> tuple[tf.Tensor, float]:
         contents = tf.io.read_file(path_or_contents) if files.is_local else path_or_contents
         return decode_one(contents, size), 1.0
 
-    def nothing_after_telling(index: tf.Tensor):
+    def nothing_after_telling(index: tf.Tensor) -> tuple[tf.Tensor, float]:
         tf.numpy_function(lambda i: files.on_bad(int(i)), [index], [], stateful=True)
         return tf.zeros([size, size, 3], tf.uint8), 0.0
 
-    def decode_or_tell(path_or_contents: tf.Tensor, index: tf.Tensor):
+    def decode_or_tell(path_or_contents: tf.Tensor, index: tf.Tensor) -> Any:
         one = tf.data.Dataset.from_tensors(path_or_contents).map(decode)
         return _first_without_error(one, tf.data.Dataset.from_tensors(index).map(nothing_after_telling))
 
@@ -296,7 +296,7 @@ def _decoder(files: Files):
     return decode_batch
 
 
-def _first_without_error(dataset: tf.data.Dataset, otherwise: tf.data.Dataset):
+def _first_without_error(dataset: tf.data.Dataset, otherwise: tf.data.Dataset) -> Any:
     """The element of `dataset`, or that of `otherwise` if making it fails."""
     return dataset.ignore_errors().concatenate(otherwise).take(1).get_single_element()
 

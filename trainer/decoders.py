@@ -159,7 +159,7 @@ def _png(contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     def is_before_pixels(position: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
         return (tag(position) != b"IDAT") & (tag(position) != b"IEND") & (tag(position) != b"")
 
-    def after(position: tf.Tensor, has_transparency: tf.Tensor, exif: tf.Tensor):
+    def after(position: tf.Tensor, has_transparency: tf.Tensor, exif: tf.Tensor) -> tuple[tf.Tensor, ...]:
         length = _number(contents, position, 4, is_little=False)
         data = tf.where(tag(position) == b"eXIf", _part(contents, position + 8, length), exif)
         return position + 12 + length, has_transparency | (tag(position) == b"tRNS"), data
@@ -197,7 +197,7 @@ def _gif(contents: tf.Tensor) -> tf.Tensor:
     def behind_blocks(position: tf.Tensor) -> tf.Tensor:
         return tf.while_loop(lambda p: byte(p) > 0, lambda p: [p + 1 + byte(p)], [position])[0] + 1
 
-    def after(position: tf.Tensor, transparent: tf.Tensor):
+    def after(position: tf.Tensor, transparent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         is_control = (byte(position + 1) == 0xF9) & (byte(position + 3) % 2 == 1)
         return behind_blocks(position + 2), tf.where(is_control, byte(position + 6), transparent)
 

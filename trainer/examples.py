@@ -14,7 +14,7 @@ import signal
 import stat
 from collections.abc import Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -256,7 +256,7 @@ def fingerprint(sides: Split, class_names: tuple[str, ...]) -> str:
 SPLIT_COLUMNS = ("path", "label", "split", "content_hash")
 
 
-def write_split(file, sides: Split, class_names: tuple[str, ...]) -> None:
+def write_split(file: TextIO, sides: Split, class_names: tuple[str, ...]) -> None:
     """Writes split.csv: path, label, split (training or validation), content_hash."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(SPLIT_COLUMNS)

@@ -15,7 +15,7 @@ from trainer.train import Outputs
 EXAMPLES_PER_PART = 20_000  # 160 MB of 2,048 features: what a job that is killed meanwhile has to do again at most
 
 
-def key(*parts) -> str:
+def key(*parts: object) -> str:
     """A short name for features that depend on nothing but `parts`: content hashes, weights, image size, precision."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

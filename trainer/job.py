@@ -7,6 +7,8 @@ import contextlib
 import os
 import platform
 import time
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -49,7 +51,15 @@ SECONDS_WORTH_A_HINT = 10  # of an epoch; in less, the start of the input is mos
 
 
 def run(
-    settings: Config, me: Cluster, folder: Folder, sides: Split, fingerprint: str, stop, *, tell_tuner, build
+    settings: Config,
+    me: Cluster,
+    folder: Folder,
+    sides: Split,
+    fingerprint: str,
+    stop: Any,
+    *,
+    tell_tuner: Callable[[dict], None],
+    build: Callable[..., Network],
 ) -> int:
     """Trains and exports; returns the exit code. `stop.is_set()` tells that a signal asked for the end.
 
@@ -158,7 +168,7 @@ def _pictures(settings: Config, folder: Folder, sides: Split, paths: JobDir) -> 
     return Pictures(settings.data_dir, folder, sides, cache=cache, **options)
 
 
-def _lease(job: Job):
+def _lease(job: Job) -> contextlib.AbstractContextManager:
     def end_at_once() -> None:
         logging.flush()
         os._exit(command.EXIT_RETRY)  # two jobs must not write

@@ -143,7 +143,9 @@ def _recipe(settings: Config, learning_rate: float) -> train.Recipe:
     return train.Recipe(**{**values, "learning_rate": learning_rate})
 
 
-def _stage(job: Job, name: str, epochs: int, recipe: train.Recipe, networks, sources, finish) -> Stage:
+def _stage(
+    job: Job, name: str, epochs: int, recipe: train.Recipe, networks: tuple, sources: list, finish: Callable
+) -> Stage:
     """A Stage over two sources; `finish(epoch)` tells what is done to a batch, of validation for None."""
     settings, (training, validation) = job.settings, job.sides
     weights = data.class_weights(training.labels, len(job.folder.class_names), settings.class_weight)
@@ -170,7 +172,7 @@ def _stage(job: Job, name: str, epochs: int, recipe: train.Recipe, networks, sou
             jit_compile=job.xla and name == "all",
         )
 
-    def training_batches(epoch: int, first_step: int):
+    def training_batches(epoch: int, first_step: int) -> tuple[data.Epoch, Iterable]:
         layout = data.training_epoch(
             training.labels,
             seed=settings.seed,
@@ -183,7 +185,7 @@ def _stage(job: Job, name: str, epochs: int, recipe: train.Recipe, networks, sou
             layout, sources[0], training.labels, finish=finish(epoch), devices=job.devices, first_step=first_step
         )
 
-    def validation_batches():
+    def validation_batches() -> tuple[data.Epoch, Iterable]:
         batch_size = INFERENCE_BATCH * job.devices.replicas
         layout = data.ordered_epoch(len(validation), batch_size=batch_size, replicas=job.devices.replicas)
         return layout, data.batches(layout, sources[1], validation.labels, finish=finish(None), devices=job.devices)

@@ -1,7 +1,7 @@
 """What lies in a data directory, local or gs://, before any file is read: classes, paths, sides. No TensorFlow."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer import storage
@@ -24,6 +24,16 @@ class BadFile(NamedTuple):
 
     path: str
     reason: str
+
+
+class Entry(NamedTuple):
+    """A name in a folder."""
+
+    name: str
+    is_folder: bool
+
+
+Scan = Callable[[str], list[Entry]]  # of a directory; raises OSError
 
 
 class Sides(NamedTuple):
@@ -52,7 +62,7 @@ def list_files(data_dir: str) -> Listing:
     """Lists a data directory. Raises UserError if it has not two classes, or classes that labels.txt cannot hold."""
     data_dir = data_dir.rstrip("/") or "/"
     objects: dict[str, Any] = {}
-    scan: Callable[[str], list[Entry]] = _scan_disk
+    scan: Scan = _scan_disk
     if storage.is_remote(data_dir):
         from trainer import bucket
 
@@ -79,7 +89,7 @@ def printable(path: str) -> str:
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _find_sides(scan, data_dir: str) -> Sides | None:
+def _find_sides(scan: Scan, data_dir: str) -> Sides | None:
     """The folders train and val of a data directory (or training, valid, validation), None if it has not both."""
     names = {name.lower(): name for name in sorted(_folder_names(scan, data_dir)[0])}
     training = [names[name] for name in TRAINING_FOLDERS if name in names]
@@ -90,7 +100,7 @@ def _find_sides(scan, data_dir: str) -> Sides | None:
     return Sides(training[0], validation[0], tuple(tests))
 
 
-def _folder_names(scan, data_dir: str) -> tuple[list[str], int]:
+def _folder_names(scan: Scan, data_dir: str) -> tuple[list[str], int]:
     """The names of the sub-folders that count, and how many entries there are in all. Raises UserError without a folder."""
     try:
         entries = [entry for entry in scan(data_dir) if not is_ignored(entry.name)]
@@ -103,7 +113,7 @@ def _folder_names(scan, data_dir: str) -> tuple[list[str], int]:
     return [entry.name for entry in entries if entry.is_folder], len(entries)
 
 
-def _class_names(scan, data_dir: str, sides: Sides | None) -> tuple[str, ...]:
+def _class_names(scan: Scan, data_dir: str, sides: Sides | None) -> tuple[str, ...]:
     if sides:
         names, validated = (sorted(_folder_names(scan, f"{data_dir}/{side}")[0]) for side in sides[:2])
         unknown = sorted(set(validated) - set(names))
@@ -153,7 +163,7 @@ def files_below(path: str) -> list[str] | None:
     return [storage.join(path, name) for name in objects if is_shown[name]]
 
 
-def _files_below(scan, directory: str, relative: str) -> tuple[list[str], list[str]]:
+def _files_below(scan: Scan, directory: str, relative: str) -> tuple[list[str], list[str]]:
     """Paths of all files at any depth, and of folders named like pictures, which are not entered.
 
     Links are followed; a directory that is its own ancestor is entered once. No such directory: no files.
@@ -184,13 +194,6 @@ def _files_below(scan, directory: str, relative: str) -> tuple[list[str], list[s
     return found, named_like_pictures
 
 
-class Entry(NamedTuple):
-    """A name in a folder."""
-
-    name: str
-    is_folder: bool
-
-
 def _scan_disk(directory: str) -> list[Entry]:
     with os.scandir(directory) as entries:
         return [Entry(entry.name, _is_folder(entry)) for entry in entries]
@@ -203,7 +206,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _scan_names(root: str, names) -> Callable[[str], list[Entry]]:
+def _scan_names(root: str, names: Iterable[str]) -> Scan:
     """As _scan_disk, of the folders that the slashes in the names of objects make. Placeholders are folders."""
     folders: dict[str, set[Entry]] = {}
     for name in names:

@@ -4,7 +4,7 @@ Shapes: B pictures, S pixels to a side, F features, C classes.
 """
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import keras
@@ -129,7 +129,7 @@ def _first_mismatch(model: keras.Model, weights_file: h5py.File) -> str:
     """'' or the first layer whose shapes differ; files of Keras 3 tell each layer's name at its variables."""
     shapes = {}
 
-    def collect(path: str, item) -> None:
+    def collect(path: str, item: Any) -> None:
         if path.endswith("vars") and isinstance(item, h5py.Group) and "name" in item.attrs:
             shapes[item.attrs["name"]] = [item[str(i)].shape for i in range(len(item))]
 

@@ -67,9 +67,12 @@ def _pack_folder(data_dir: str, output_dir: str) -> int:
         )
 
 
+Read = Callable[[str], bytes | None]  # the contents of a path below the folder, None if it is gone
+
+
 def pack(
     folder: Folder,
-    read: Callable[[str], bytes],
+    read: Read,
     output_dir: str,
     *,
     shard_bytes: int,
@@ -116,7 +119,7 @@ class _Written(NamedTuple):
     records: list[Record]
 
 
-def _write_shard(folder: Folder, read, output_dir: str, number: int, order: list[int], shard_bytes: int) -> dict:
+def _write_shard(folder: Folder, read: Read, output_dir: str, number: int, order: list[int], shard_bytes: int) -> dict:
     """Writes the next pictures of `order` until the shard is full; returns what the manifest says of it."""
     with tempfile.TemporaryDirectory() as directory:
         written = _write_local(folder, read, os.path.join(directory, "shard"), number, order, shard_bytes)
@@ -130,17 +133,17 @@ def _write_shard(folder: Folder, read, output_dir: str, number: int, order: list
     }
 
 
-def _write_local(folder: Folder, read, path: str, number: int, order: list[int], shard_bytes: int) -> _Written:
+def _write_local(folder: Folder, read: Read, path: str, number: int, order: list[int], shard_bytes: int) -> _Written:
     import tensorflow as tf
 
     records, end = [], 0
     with tf.io.TFRecordWriter(path) as writer:
         for start in range(0, len(order), WRITTEN_TOGETHER):
             together = order[start : start + WRITTEN_TOGETHER]
-            pictures = storage.parallel(lambda i: read(folder.examples.paths[i]), together, workers=32)
+            pictures = storage.parallel(lambda i: read(str(folder.examples.paths[i])), together, workers=32)
             for i, contents in zip(together, pictures, strict=True):
                 name, content_hash = folder.examples.paths[i], folder.examples.hashes[i]
-                if hashlib.md5(contents, usedforsecurity=False).hexdigest() != content_hash:
+                if contents is None or hashlib.md5(contents, usedforsecurity=False).hexdigest() != content_hash:
                     raise UserError(f"{name!r} changed while it was packed: start again.")
                 label = int(folder.examples.labels[i])
                 record = _example(contents, name, label, folder.class_names[label], content_hash)

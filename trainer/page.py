@@ -8,7 +8,7 @@ import jinja2
 from trainer import wording
 
 
-def render(template: str, **values) -> str:
+def render(template: str, **values: object) -> str:
     """The template of that name in this folder; what is put into a page is shown as text, a missing value is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),

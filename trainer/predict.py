@@ -98,7 +98,7 @@ def _table(predictions: Iterator[Prediction], class_names: tuple[str, ...]) -> I
 
 
 def _csv_lines(predictions: Iterator[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
-    def line(values) -> str:
+    def line(values: Iterable) -> str:
         text = io.StringIO()
         csv.writer(text, lineterminator="").writerow(values)
         return text.getvalue()
@@ -126,8 +126,9 @@ def _json_lines(predictions: Iterator[Prediction], class_names: tuple[str, ...])
 class Tally:
     """Counts predictions that pass by."""
 
-    def __init__(self):
-        self.pictures, self.failures, self.first_failure = 0, 0, None
+    def __init__(self) -> None:
+        self.pictures, self.failures = 0, 0
+        self.first_failure: Prediction | None = None
 
     def over(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
         """The same predictions."""

@@ -16,6 +16,7 @@ AIP_HEALTH_ROUTE and AIP_PREDICT_ROUTE, and takes the model from AIP_STORAGE_URI
 import os
 import signal
 import socket
+from collections.abc import Mapping
 
 from absl import flags, logging
 
@@ -44,7 +45,7 @@ def define_flags() -> None:
     )
 
 
-def with_environment(values: dict, given: set[str], environment) -> dict:
+def with_environment(values: dict, given: set[str], environment: Mapping[str, str]) -> dict:
     """The flags, but for those not given what Vertex AI sets in a prediction container; and the routes."""
     values = {**values, "predict_route": "/predict", "health_route": "/health"}
     if "model_dir" not in given:

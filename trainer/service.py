@@ -11,7 +11,7 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ class Service:
         return Starlette(routes=routes, lifespan=self._lifespan)
 
     @contextlib.asynccontextmanager
-    async def _lifespan(self, application: Starlette):
+    async def _lifespan(self, application: Starlette) -> AsyncIterator[None]:
         # A daemon: a signal while the model is loaded ends the process at once.
         threading.Thread(target=self._start, daemon=True).start()
         yield
@@ -235,7 +235,7 @@ def read_request(body: bytes | bytearray, max_pixels: int) -> tuple[list[bytes |
     return [_contents(instance, max_pixels) for instance in instances], explain
 
 
-def _contents(instance, max_pixels: int) -> bytes | Refused:
+def _contents(instance: object, max_pixels: int) -> bytes | Refused:
     """The bytes in {"bytes": {"b64": "..."}}, or in {"b64": "..."}, as TensorFlow Serving takes them too."""
     value = instance.get("bytes", instance) if isinstance(instance, dict) else None
     text = value.get("b64") if isinstance(value, dict) else None

@@ -18,12 +18,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
 
 # What reading a damaged .npz file raises: its zip frame, the CRC-32 or the header of an array, the end too early.
 DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError)
 
 
-def _bucket():
+def _bucket() -> ModuleType:
     from trainer import bucket
 
     return bucket
@@ -107,7 +109,7 @@ def local_copy(path: str) -> Iterator[str]:
         yield copy
 
 
-def read_json(path: str):
+def read_json(path: str) -> Any:
     """The value in a JSON file, or None if there is no such file."""
     contents = read(path)
     return None if contents is None else json.loads(contents)
@@ -126,7 +128,7 @@ def write_whole(path: str, contents: bytes | memoryview | str) -> None:
         file.write(contents)
 
 
-def write_json(path: str, value) -> None:
+def write_json(path: str, value: object) -> None:
     """Writes a value as indented JSON, whole or not at all."""
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

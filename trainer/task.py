@@ -20,6 +20,8 @@ import re
 import signal
 import tempfile
 import threading
+from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 from absl import flags, logging
@@ -47,7 +49,7 @@ def main(arguments: list[str]) -> int:
     return run(with_environment(Config(**values), os.environ))
 
 
-def with_environment(settings: Config, environment) -> Config:
+def with_environment(settings: Config, environment: Mapping[str, str]) -> Config:
     """The paths that no flag gave, from what Vertex AI sets, or below job_dir. Raises UserError without a job_dir."""
     paths = {"job_dir": settings.job_dir.rstrip("/"), "model_dir": settings.model_dir.rstrip("/")}
     if not paths["job_dir"] and environment.get("AIP_CHECKPOINT_DIR"):
@@ -64,7 +66,7 @@ def with_environment(settings: Config, environment) -> Config:
     return config.replace(settings, **paths)
 
 
-def run(settings: Config, *, build=None) -> int:
+def run(settings: Config, *, build: Callable | None = None) -> int:
     """The job: pictures, what was there before, TensorFlow, training, export. Returns the exit code.
 
     `build` makes the network, by default trainer.model.build.
@@ -108,14 +110,14 @@ def run(settings: Config, *, build=None) -> int:
 
         from trainer import job  # imports TensorFlow
 
-        more = {"tell_tuner": metric_sink.choose(os.environ), "build": build or job.model.build}
+        more: dict[str, Any] = {"tell_tuner": metric_sink.choose(os.environ), "build": build or job.model.build}
         return job.run(settings, me, folder, sides, fingerprint, stop, **more)
 
 
 class StopSignal:
     """Remembers that SIGTERM or SIGINT came, so that the job can save and end; the second one ends it at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._came = threading.Event()
         self.listen()
 
@@ -124,7 +126,7 @@ class StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
-    def _on_signal(self, number: int, frame) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._came.is_set():
             os._exit(command.EXIT_STOPPED)
         self._came.set()

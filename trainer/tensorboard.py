@@ -64,6 +64,6 @@ class TensorBoard:
             storage.upload_changed(self._temporary.name, self._directory, self._sizes)
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     """A value as a cell of a Markdown table."""
     return f"`{value}`".replace("|", "\\|") if value != "" else ""

@@ -66,7 +66,7 @@ class Terminal:
             return left
         return f"{left}; cost {self._cost.after():.2f}, {over}{self._cost.after(in_stage):.2f} in the end"
 
-    def pass_over(self, what: str, num_examples: int):
+    def pass_over(self, what: str, num_examples: int) -> tqdm:
         """A bar for one pass over pictures, with an `update(examples)`; to be used as a context."""
         return tqdm(
             desc=what,

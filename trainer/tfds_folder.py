@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 from absl import logging
 
@@ -67,7 +68,7 @@ def _lay_out(address: str, directory: str) -> list[str]:
             return _write(builder, address, temporary)
 
 
-def _builder(name: str, data_dir: str, address: str, prepared_dir: str):
+def _builder(name: str, data_dir: str, address: str, prepared_dir: str) -> Any:
     import tensorflow_datasets as tfds
 
     where = prepared_dir or "DIR"
@@ -84,7 +85,7 @@ def _builder(name: str, data_dir: str, address: str, prepared_dir: str):
     return builder
 
 
-def _write(builder, address: str, directory: str) -> list[str]:
+def _write(builder: Any, address: str, directory: str) -> list[str]:
     """Writes the pictures; returns what is to be told of it."""
     import tensorflow_datasets as tfds
 

@@ -6,8 +6,8 @@ Shapes: N examples, B in a global batch, R replicas, b of B in a replica, F feat
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -49,7 +49,7 @@ def make_optimizer(recipe: Recipe, *, epochs: int, steps_per_epoch: int, loss_sc
     return keras.optimizers.LossScaleOptimizer(optimizer) if loss_scaling else optimizer
 
 
-def learning_rate_schedule(recipe: Recipe, *, epochs: int, steps_per_epoch: int):
+def learning_rate_schedule(recipe: Recipe, *, epochs: int, steps_per_epoch: int) -> Any:
     """A number, or a Keras schedule from optimizer steps to the learning rate: linear warm-up, then constant or cosine."""
     warmup_steps = round(recipe.warmup_epochs * steps_per_epoch)
     if recipe.lr_schedule == "constant" and not warmup_steps:
@@ -100,16 +100,16 @@ class Loop:
         self._train_steps = tf.function(self._steps, reduce_retracing=True)
         self._infer: Callable | None = None
 
-    def trace(self, iterator) -> None:
+    def trace(self, iterator: Iterator) -> None:
         """Builds the graph of train_steps for such batches, once; without it the first call does."""
         self._train_steps.get_concrete_function(iterator, tf.constant(1), tf.constant(0.0))
 
-    def train_steps(self, iterator, count: int, stop: float) -> "Steps":
+    def train_steps(self, iterator: Iterator, count: int, stop: float) -> "Steps":
         """Runs up to `count` steps; with several workers all end after the same step if any passed another `stop` than 0."""
         rows, waited = self._train_steps(iterator, tf.constant(count), tf.constant(float(stop)))
         return Steps(rows.numpy().astype(np.float64), float(waited.numpy()))
 
-    def _steps(self, iterator, count: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _steps(self, iterator: Iterator, count: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         rows = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[4])
         is_stopped = tf.constant(False)
         done, waited = tf.constant(0), tf.constant(0.0, tf.float64)
@@ -122,7 +122,7 @@ class Loop:
             done, waited = done + 1, waited + seconds
         return rows.stack(), waited
 
-    def _next_timed(self, iterator) -> tuple[dict, tf.Tensor]:
+    def _next_timed(self, iterator: Iterator) -> tuple[dict, tf.Tensor]:
         """The next batch, and the seconds (float64) for which nothing but the input was waited for.
 
         A graph has no order but the one it is given. The clock starts once the step before is done: its row is known,
@@ -136,7 +136,7 @@ class Loop:
         with tf.control_dependencies([part for parts in local for part in parts]):
             return batch, tf.timestamp() - started
 
-    def _step(self, gradients, batch: dict[str, tf.Tensor], stop: tf.Tensor) -> tf.Tensor:
+    def _step(self, gradients: Callable, batch: dict[str, tf.Tensor], stop: tf.Tensor) -> tf.Tensor:
         scale = self.optimizer.scale_loss(tf.constant(1.0))
         loss, correct, grads = gradients(batch, self._kept(batch), scale)
         row = tf.stack([loss, correct, tf.reduce_sum(batch["weight"]), stop])
@@ -146,7 +146,9 @@ class Loop:
         self.optimizer.apply(grads, self._trainable)
         return row
 
-    def _gradients(self, batch: dict[str, tf.Tensor], kept: tf.Tensor, scale: tf.Tensor):
+    def _gradients(
+        self, batch: dict[str, tf.Tensor], kept: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, list]:
         """This replica's share of loss and correct answers, and the gradients of the share times `scale`."""
         with tf.GradientTape() as tape:
             features = self.backbone(batch["x"], training=True) if self.backbone else batch["x"]
@@ -176,7 +178,7 @@ class Loop:
     def _padded_batch_size(self) -> int:
         return -(-self._batch_size // self._devices.replicas) * self._devices.replicas
 
-    def logits(self, batches: Iterable, epoch: Epoch, **watch) -> "Outputs":
+    def logits(self, batches: Iterable, epoch: Epoch, **watch: Callable) -> "Outputs":
         """Logits float32 [N, C] of one pass, on all replicas; `watch` as for collect."""
         if self._infer is None:  # traced once, not for each epoch
             backbone, head = self.backbone, self.head
@@ -210,7 +212,7 @@ def inference(network: Callable[[tf.Tensor], tf.Tensor], devices: Devices) -> Ca
         return output
 
     @tf.function(reduce_retracing=True)
-    def infer(batch, stop: tf.Tensor) -> tf.Tensor:
+    def infer(batch: Any, stop: tf.Tensor) -> tf.Tensor:
         return devices.strategy.experimental_local_results(devices.strategy.run(replica_infer, args=(batch, stop)))[0]
 
     return infer

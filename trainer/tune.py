@@ -19,7 +19,8 @@ import signal
 import subprocess
 import sys
 import time
-from typing import NamedTuple
+from types import FrameType, ModuleType
+from typing import Any, NamedTuple
 
 from absl import flags, logging
 
@@ -152,7 +153,7 @@ class Tuner:
         self._say_best()
         return 0
 
-    def _on_signal(self, number: int, frame) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._is_stopped = True
         if self._job:
             self._job.send_signal(signal.SIGTERM)  # it saves, and so goes on from there the next time
@@ -169,10 +170,10 @@ class Tuner:
         states = [optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED]
         return self._study.get_trials(deepcopy=False, states=states)
 
-    def _folder(self, trial) -> str:
+    def _folder(self, trial: Any) -> str:
         return trial.user_attrs.get("folder", f"{self._directory}/trials/{trial.number:03d}")
 
-    def _run_trial(self, trial) -> Outcome:
+    def _run_trial(self, trial: Any) -> Outcome:
         """Runs the job of a trial to its end, or to the epoch at which it is worse than most."""
         folder = self._folder(trial)
         own = {"data_dir": self._data_dir, "job_dir": folder, "cache_dir": f"{self._directory}/features"}
@@ -202,7 +203,7 @@ class Tuner:
             return Outcome("PRUNED", None)
         return Outcome("FAIL", None, _last_line(f"{folder}.log"))
 
-    def _tell(self, trial, outcome: Outcome) -> None:
+    def _tell(self, trial: Any, outcome: Outcome) -> None:
         state = _optuna().trial.TrialState[outcome.state]
         self._study.tell(trial, outcome.val_accuracy, state=state)
         values = ", ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
@@ -238,7 +239,7 @@ class Tuner:
         print("train with it: " + plan.shell_line("python", "-m", "trainer.task", *words), flush=True)
 
 
-def _optuna():
+def _optuna() -> ModuleType:
     try:
         import optuna
     except ImportError:
@@ -246,7 +247,7 @@ def _optuna():
     return optuna
 
 
-def _distribution(name: str):
+def _distribution(name: str) -> Any:
     optuna, space = _optuna(), SPACE[name]
     if name in CHOICES:
         return optuna.distributions.CategoricalDistribution(space)

@@ -1,6 +1,7 @@
 """A study as a picture: how the trials went, and the accuracy over each flag that was tried."""
 
 import io
+from typing import Any
 
 from trainer import storage
 
@@ -20,7 +21,7 @@ def draw(path: str, trials: list, names: list[str], scales: dict[str, str]) -> N
     panels = figure.subplots(1, len(names) + 1, sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, ["trial", *names], strict=True):
 
-        def place(trial, name=name) -> float:
+        def place(trial: Any, name: str = name) -> float:
             return trial.number if name == "trial" else trial.params[name]
 
         early = [max(trial.intermediate_values.values()) for trial in ended_early]
