@@ -1,11 +1,14 @@
 """Help and wrong input answer at once, in one line, with exit code 2 and without TensorFlow."""
 
+import importlib
 import os
 import subprocess
 import sys
 
 import pytest
 from conftest import run_command, write_pictures
+
+from trainer.errors import UserError
 
 COMMANDS = ["task", "predict", "evaluate", "report", "inspect_data", "benchmark", "serve"]
 
@@ -122,3 +125,9 @@ def test_tensorflows_chatter_stays_off_the_terminal():
         env={k: v for k, v in os.environ.items() if not k.startswith("TF_")},
     )
     assert answer.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["evaluate", "inspect_data", "pack", "report", "serve", "task", "tune"])
+def test_a_word_that_is_no_flag_is_told_with_what_to_write(name):
+    with pytest.raises(UserError, match=r"'pictures' is not a flag: write --"):
+        importlib.import_module(f"trainer.{name}").main(["pictures"])

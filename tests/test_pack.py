@@ -1,6 +1,7 @@
 """Packed shards are the folder they came from: the same pictures, split and batches; whole, resumable, checked."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -134,3 +135,36 @@ def test_batches_from_shards_are_those_of_the_folder(folder, tmp_path):
     ]
     np.testing.assert_array_equal(tables[0].rows, tables[1].rows)
     np.testing.assert_array_equal(tables[0].is_readable, tables[1].is_readable)
+
+
+def test_a_shard_that_is_gone_is_told_with_what_mends_it(folder, tmp_path, bucket_url):
+    packed = str(tmp_path / "packed")
+    make(folder, packed)
+    found = examples.read_folder(packed).pack
+    upload(tmp_path / "packed", bucket_url)
+    shards.find.cache_clear()
+    in_bucket = examples.read_folder(bucket_url).pack
+    name = shards.shard_name(1)
+    os.remove(f"{packed}/{name}")
+    storage.remove(f"{bucket_url}/{name}")
+    for pack_of_it in (found, in_bucket):
+        with pytest.raises(UserError, match=rf"{name} .*: run trainer\.pack again, it mends what is missing"):
+            shards.stage(pack_of_it, "", lambda count: None)
+
+
+def test_shards_that_do_not_fit_on_the_disk_are_told_before_they_are_fetched(folder, tmp_path, bucket_url, monkeypatch):
+    make(folder, bucket_url)
+    found = examples.read_folder(bucket_url).pack
+    usage = type(shutil.disk_usage(tmp_path))(100_000, 90_000, 10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="free: pass a --cache_dir with more room"):
+        shards.stage(found, str(tmp_path), lambda count: pytest.fail("a shard was fetched"))
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[1, 2]", '{"format": "another"}'])
+def test_a_file_that_only_has_the_manifests_name_makes_no_pack(folder, text):
+    with open(f"{folder}/{shards.MANIFEST}", "w") as file:
+        file.write(text)
+    shards.find.cache_clear()
+    assert shards.find(folder) is None
+    assert len(examples.read_folder(folder).examples) == 56

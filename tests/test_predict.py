@@ -7,14 +7,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import run_command
 from tiny_model import CLASS_NAMES, picture
 
 from trainer import predict, storage
 from trainer.errors import UserError
+from trainer.labeller import Prediction, label, load
 from trainer.labeller import _reason as first_reason
-from trainer.labeller import label, load
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +157,35 @@ def test_a_job_dir_that_lacks_a_file_is_told_in_words(tmp_path):
     (tmp_path / "labels.txt").write_text("cat\ndog\n")
     with pytest.raises(UserError, match=r"no best\.weights\.h5 yet"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no pictures: name files or folders behind the flags"),
+        (["gone.jpg"], "gone.jpg does not exist: pass pictures or folders"),
+        (["--output=labels.txt", "."], "--output=labels.txt ends neither in .csv nor in .jsonl"),
+        (["nothing"], "There are no files below nothing"),
+    ],
+)
+def test_what_cannot_be_labelled_is_told_before_anything_is_loaded(
+    tiny_model_dir, tmp_path, monkeypatch, arguments, message
+):
+    (tmp_path / "nothing").mkdir()
+    monkeypatch.chdir(tmp_path)
+    answer = run_command("trainer.predict", f"--model_dir={tiny_model_dir}", *arguments)
+    assert answer.returncode == 2
+    assert answer.stderr.count("\n") == 1
+    assert message in answer.stderr
+
+
+def test_json_lines_tell_labels_and_errors():
+    predictions = [Prediction("a.jpg", np.array([0.25, 0.75], np.float32)), Prediction("b.jpg", None, "gone")]
+    lines = [json.loads(line) for line in predict._json_lines(iter(predictions), ("cat", "dog"))]
+    assert lines[0] == {
+        "path": "a.jpg",
+        "label": "dog",
+        "probability": 0.75,
+        "probabilities": {"cat": 0.25, "dog": 0.75},
+    }
+    assert lines[1] == {"path": "b.jpg", "error": "gone"}

@@ -149,3 +149,12 @@ def test_no_specification_holds_a_secret():
     assert len(paths) > 20
     for path in paths:
         assert not words.search(path.read_text()), path
+
+
+def test_a_savedmodel_of_another_kind_is_refused_with_what_it_lacks(tmp_path):
+    tf.saved_model.save(tf.Module(), str(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"was not exported by this trainer: it lacks class_names, serving_default"):
+        labeller.load(str(tmp_path / "model"))
+    (tmp_path / "model" / "saved_model.pb").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        labeller.load(str(tmp_path / "model"))

@@ -2,6 +2,7 @@
 
 import io
 import logging as python_logging
+import pathlib
 import shutil
 
 import pytest
@@ -95,3 +96,25 @@ def test_a_class_that_is_only_validated_is_the_users_error(tmp_path):
     write_pictures(tmp_path / "val", {"cat": 2, "bird": 1})
     with pytest.raises(UserError, match="val has the class 'bird', train has not"):
         choose(tmp_path)
+
+
+def test_a_class_without_a_training_picture_is_the_users_error(data, split_file, tmp_path):
+    rows = pathlib.Path(split_file).read_text().replace(",cat,training,", ",cat,validation,")
+    (tmp_path / "other.csv").write_text(rows)
+    with pytest.raises(UserError, match=r"other\.csv leaves the class 'cat' without a training picture"):
+        choose(data, str(tmp_path / "other.csv"))
+
+
+def test_a_split_file_that_is_no_text_is_the_users_error(data, tmp_path):
+    (tmp_path / "split.csv").write_bytes(b"path,label\xff\xfe")
+    with pytest.raises(UserError, match=r"split\.csv is no CSV"):
+        choose(data, str(tmp_path / "split.csv"))
+
+
+def test_pictures_that_lie_on_both_sides_of_a_given_split_are_told(tmp_path, caplog):
+    write_pictures(tmp_path / "train", {"cat": 3, "dog": 3}, seed=1)
+    write_pictures(tmp_path / "val", {"cat": 2, "dog": 2}, seed=2)
+    shutil.copy(tmp_path / "train" / "cat" / "cat_001.jpg", tmp_path / "val" / "cat" / "again.jpg")
+    with caplog.at_level(python_logging.WARNING, "absl"):
+        choose(tmp_path)
+    assert "1 contents lie both in train and in val (the first: 'val/cat/again.jpg')" in caplog.text

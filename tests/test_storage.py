@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from trainer import checkpoint, features, storage
+from trainer.errors import UserError
 from trainer.train import Outputs
 
 
@@ -114,3 +115,19 @@ def test_features_are_computed_once_and_damaged_ones_again(tmp_path, monkeypatch
     assert asked[3:] == [(4, 8)]
     get(features.key("other"))
     assert len(asked) == 7
+
+
+@pytest.mark.parametrize(
+    ("address", "message"), [("s3://bucket/x", "pass a local path or gs://"), ("gs:///x", "names no bucket")]
+)
+def test_an_address_that_names_no_bucket_is_the_users_error(address, message):
+    from trainer import bucket
+
+    with pytest.raises(UserError, match=message):
+        bucket.split_url(address)
+
+
+def test_a_file_that_has_to_be_there_is_missed_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        storage.read_existing(str(tmp_path / "gone"))
+    assert caught.value.filename == str(tmp_path / "gone")

@@ -327,7 +327,7 @@ def _hint_at_input(stage: Stage, result: stages.EpochResult, said: str) -> str:
     is_short = result.row["seconds"] < SECONDS_WORTH_A_HINT
     if said or is_short or not stage.if_input_is_slow or share < WORTH_A_HINT:
         return said
-    hint = f"Input wait {share:.0%}: the device waits for pictures. {stage.if_input_is_slow}"
+    hint = f"Input wait {100 * share:.0f} %: the device waits for pictures. {stage.if_input_is_slow}"
     logging.info(hint)
     return hint
 

@@ -59,7 +59,7 @@ def _load_saved_model(model_dir: str) -> Labeller:
     _refuse_programs(model_dir)
     try:
         model = tf.saved_model.load(model_dir)
-    except (OSError, tf.errors.OpError) as error:
+    except (OSError, ValueError, tf.errors.OpError) as error:  # ValueError: one without a graph
         reason = str(error).splitlines()[0]
         raise UserError(f"--model_dir={model_dir} cannot be loaded ({reason}): export it again.") from None
     missing = {"serving_default", "class_names"} - set(model.signatures)

@@ -124,7 +124,7 @@ def define_flags() -> None:
 def main(arguments: list[str]) -> None:
     """Draws the report of --job_dir again."""
     if arguments:
-        raise UserError(f"{arguments[0]!r} is no flag: pass --job_dir={arguments[0]} to name the run.")
+        raise UserError(f"{arguments[0]!r} is not a flag: write --job_dir={arguments[0]} if it is the run.")
     command.require("job_dir")
     command.import_tensorflow()
     report_dir = flags.FLAGS.report_dir or os.path.join(flags.FLAGS.job_dir, "report")

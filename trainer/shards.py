@@ -131,7 +131,9 @@ def stage(pack: Pack, cache_dir: str, on_shard: Callable[[int], None]) -> Callab
         def copy(name: str) -> mmap.mmap:
             with tempfile.TemporaryFile(dir=directory) as file:
                 contents = storage.read(name)
-                file.write(contents or b"")
+                if not contents:
+                    raise UserError(f"{name} is not there any more: run trainer.pack again, it mends what is missing.")
+                file.write(contents)
                 file.flush()
                 on_shard(1)
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
