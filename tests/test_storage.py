@@ -1,6 +1,7 @@
 """Files and saves are whole or absent, and damage is noticed."""
 
 import os
+import pathlib
 import threading
 
 import numpy as np
@@ -131,3 +132,16 @@ def test_a_file_that_has_to_be_there_is_missed_by_name(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         storage.read_existing(str(tmp_path / "gone"))
     assert caught.value.filename == str(tmp_path / "gone")
+
+
+def test_what_killed_writers_left_is_deleted_and_nothing_else(tmp_path):
+    kept = [tmp_path / name for name in ("model.h5", ".hidden", ".1-2", "1-2-model.h5")]
+    for path in kept:
+        path.touch()
+    killed = pathlib.Path(storage._temporary_name(str(tmp_path / "model.h5")))
+    killed.write_text("half")
+    killed_tree = pathlib.Path(storage._temporary_name(str(tmp_path / "saved_model")))
+    killed_tree.mkdir()
+    (killed_tree / "saved_model.pb").write_text("half")
+    storage.remove_leftovers(str(tmp_path))
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
