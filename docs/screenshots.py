@@ -9,16 +9,14 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 sys.path.insert(0, str(ROOT / "tests"))
 
 import browser  # noqa: E402
-from conftest import free_ports  # noqa: E402
 from playwright.sync_api import Browser  # noqa: E402
+from test_serve import Server  # noqa: E402
 
 WIDTH = 1000  # pixels
 
@@ -35,31 +33,17 @@ def photograph_report(chromium: Browser, job_dir: pathlib.Path, directory: pathl
 
 def photograph_server(chromium: Browser, job_dir: pathlib.Path, directory: pathlib.Path) -> None:
     """Leaves served.png: the page of trainer.serve with a picture of each class dropped on it."""
-    (port,) = free_ports(1)
-    address = f"http://127.0.0.1:{port}"
-    arguments = [f"--model_dir={job_dir}/saved_model", f"--port={port}"]
-    server = subprocess.Popen([sys.executable, "-m", "trainer.serve", *arguments], cwd=ROOT)
+    server = Server(f"--model_dir={job_dir}/saved_model", "--port={port}")
     try:
-        _wait_until_ready(f"{address}/health")
+        server.wait_until_ready()
         pictures = [next(folder.glob("*.jpg")) for folder in sorted((job_dir / "demo_pictures").glob("*/"))]
-        with browser.opened(chromium, address, width=WIDTH) as page:
+        with browser.opened(chromium, f"http://127.0.0.1:{server.port}", width=WIDTH) as page:
             page.set_input_files("#files", [str(path) for path in pictures])
             for number in range(len(pictures)):
                 page.locator("#cards .answer ol").nth(number).wait_for()
             page.locator("main").screenshot(path=directory / "served.png")
     finally:
-        server.terminate()
-        server.wait()
-
-
-def _wait_until_ready(url: str) -> None:
-    for _ in range(600):
-        try:
-            with urllib.request.urlopen(url):
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError(f"{url} did not answer within a minute")
+        server.end()
 
 
 if __name__ == "__main__":

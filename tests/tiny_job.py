@@ -5,8 +5,6 @@ python tiny_job.py --data_dir=D --job_dir=J [any flag of trainer.task]
 
 import os
 
-from absl import flags
-
 from trainer import command, config, task
 from trainer.config import Config
 
@@ -30,7 +28,7 @@ def build(*, num_classes, image_size, weights, head, precision, seed, batch_norm
 
 def main(arguments: list[str]) -> int:
     """As trainer.task.main, but for the network."""
-    values = {name: flags.FLAGS[name].value for name in config.DEFAULTS}
+    values = command.values(config.DEFAULTS)
     return task.run(task.with_environment(Config(**values), os.environ), build=build)
 
 
