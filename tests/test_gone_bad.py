@@ -6,10 +6,11 @@ import sys
 from types import SimpleNamespace
 
 import keras
+import numpy as np
 import pytest
 from conftest import run_command, write_pictures
 
-from trainer import job_stages
+from trainer import deliver, examples, job_stages
 from trainer.errors import UserError
 from trainer.examples import BadFile
 
@@ -60,3 +61,20 @@ def test_too_many_pictures_gone_bad_are_the_users_error():
     bad_files = {name: BadFile(name, "cannot be decoded") for name in ("a", "b")}
     with pytest.raises(UserError, match=r"2 of 40 files are no readable pictures, more than --max_bad_fraction=0.01"):
         job_stages.check_bad_files(spoiled, bad_files)
+
+
+def test_without_any_readable_validation_picture_nothing_is_exported(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", {"a": 3, "b": 3})
+    validation = examples.read_folder(str(pictures)).examples
+    settings = SimpleNamespace(data_dir=str(pictures), image_size=32)
+    outcome = SimpleNamespace(settings=settings, validation=validation)
+    (pictures / "a" / "a_000.jpg").write_bytes(b"no picture any more")
+    (pictures / "a" / "a_001.jpg").unlink()
+    samples, decoded = deliver._samples(outcome, np.ones(6, bool))
+    assert len(samples) == len(decoded) == 4
+    for path in pictures.rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(
+        UserError, match=r"No validation picture in .* can be read any more.*: restore them and start again"
+    ):
+        deliver._samples(outcome, np.ones(6, bool))

@@ -93,3 +93,16 @@ def test_the_same_seed_draws_the_same_weights():
 
     np.testing.assert_array_equal(kernel(1), kernel(1))
     assert np.abs(kernel(1) - kernel(2)).max() > 0
+
+
+def test_weights_that_cannot_be_downloaded_are_told_with_the_other_ways(monkeypatch):
+    def fail(**arguments):
+        raise Exception(failure)  # what Keras raises
+
+    monkeypatch.setattr(keras.applications, "ResNet50", fail)
+    failure = "URL fetch failure on https://example.org: None -- Name or service not known"
+    with pytest.raises(UserError, match=r"URL fetch failure .*: pass the path of a weights file as --weights=PATH"):
+        model._resnet50(32, "imagenet")
+    failure = "something else"
+    with pytest.raises(Exception, match=r"^something else$"):
+        model._resnet50(32, "imagenet")

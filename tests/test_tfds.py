@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_command, write_pictures
@@ -97,3 +98,18 @@ def test_a_dataset_that_is_not_there_is_told_with_how_to_prepare_it(prepared, tm
             # in this process: the other tests show that the errors of another one arrive
             (tfds_folder._lay_out if address != "tfds:" else tfds_folder.lay_out)(address, str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_dataset_without_a_train_split_is_the_users_error():
+    with pytest.raises(UserError, match=r"has the splits test, unlabelled, none of them train: name another dataset"):
+        tfds_folder._splits(["test", "unlabelled"], "tfds:x")
+
+
+def test_a_dataset_of_pictures_without_one_label_is_the_users_error(tmp_path):
+    import tensorflow_datasets as tfds
+
+    pair = tfds.features.FeaturesDict({"one": tfds.features.Image(), "other": tfds.features.Image()})
+    builder = SimpleNamespace(info=SimpleNamespace(features=pair))
+    with pytest.raises(UserError, match=r"tfds:x has 2 pictures and 0 labels an example, not 1 and 1"):
+        tfds_folder._write(builder, "tfds:x", str(tmp_path / "pictures"))
+    assert not (tmp_path / "pictures").exists()
