@@ -1,15 +1,21 @@
-"""The Config of a run: one frozen value, checked once. Every flag of `trainer.task` is a field here, by name and default."""
+"""The configuration of a run: one frozen value, checked once.
+
+Each field is a flag of `trainer.task` with the same name. A field carries its default, its help text, its bounds or
+choices, whether a resumed run may change it, and whether workers may differ in it; the flags are generated from that.
+"""
 
 import dataclasses
 import math
 from typing import Any
 
+from absl import flags
+
 from trainer.errors import UserError
 
-MINIMUM_IMAGE_SIZE = 32  # pixels; ResNet50 shrinks its input 32 times
+REMOTE_READ_PARALLELISM = 48  # concurrent requests: at 50 ms each, a thousand objects per second
 
-# What --export_formats may name, and the packages, by what they are imported as, that each takes beyond the job's own.
-EXPORT_PACKAGES = {
+# What --export_formats may name, and the import names of the packages that each format needs beyond the job's own.
+EXPORT_PACKAGES: dict[str, tuple[str, ...]] = {
     "saved_model": (),
     "tflite": ("ai_edge_litert",),
     "onnx": ("tf2onnx", "onnx", "onnxruntime"),
@@ -17,178 +23,354 @@ EXPORT_PACKAGES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What a run does. The flags of `trainer.task` explain each field."""
+class FlagInfo:
+    """What a field of Config says about its flag.
 
-    # pictures
-    data_dir: str = ""
-    validation_split: float = 0.2
-    split_file: str = ""
-    image_size: int = 224
-    seed: int = 0
-    max_bad_fraction: float = 0.01
-    read_parallelism: int = 0
-    storage_timeout_secs: int = 300
-    cache: str = "auto"
-    cache_dir: str = ""
-    augment: bool = True
+    `at_least` and `at_most` are inclusive bounds, `above` and `below` exclusive ones; `reason` explains a bound.
+    `resumable`: a run that continues in its job_dir may change it, since it says where and how, not what.
+    `per_worker`: workers may differ in it. `in_readme`: README's table of common flags lists it.
+    """
+
+    help: str
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    reason: str = ""
+    resumable: bool = False
+    per_worker: bool = False
+    in_readme: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises UserError if `value` is not one that the flag `name` takes."""
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} is {value}: pass a finite number.")
+        if self.choices and value not in self.choices:
+            raise UserError(f"--{name} is {value!r}: pass one of {', '.join(self.choices)}.")
+        is_allowed = [
+            self.at_least is None or value >= self.at_least,
+            self.at_most is None or value <= self.at_most,
+            self.above is None or value > self.above,
+            self.below is None or value < self.below,
+        ]
+        if not all(is_allowed):
+            because = f"; {self.reason}" if self.reason else ""
+            raise UserError(f"--{name} is {value}: pass a number {self._bounds()}{because}.")
+
+    def _bounds(self) -> str:
+        bounds = [
+            (self.at_least, "of at least {:g}"),
+            (self.at_most, "of at most {:g}"),
+            (self.above, "above {:g}"),
+            (self.below, "below {:g}"),
+        ]
+        return " and ".join(text.format(bound) for bound, text in bounds if bound is not None)
+
+
+def _flag(default: Any, help_text: str, **info: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"flag": FlagInfo(help_text, **info)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a run does. Raises UserError for a value outside its bounds and for fields that contradict each other."""
+
+    # data
+    data_dir: str = _flag(
+        "",
+        "Folder with one sub-folder of images per class, local or gs://; or the output of trainer.pack; or tfds:NAME or "
+        "tfds:NAME@DIR for a TensorFlow Dataset. Without it, the job draws a demo set.",
+        # Images are compared by content (split.csv), wherever they are stored.
+        resumable=True,
+        per_worker=True,
+    )
+    validation_split: float = _flag(
+        0.2, "Fraction of each class that is held out for validation, chosen by content.", above=0, below=1
+    )
+    split_file: str = _flag(
+        "", "The split.csv of an earlier run: its split is used instead of --validation_split.", resumable=True
+    )
+    image_size: int = _flag(
+        224,
+        "Height and width in pixels of the network's input, 32 or more.",
+        at_least=32,
+        reason="ResNet50 reduces its input 32 times",
+        in_readme=True,
+    )
+    seed: int = _flag(
+        0, "Seed of order, augmentation, dropout and random weights: the same seed gives the same run.", at_least=0
+    )
+    max_bad_fraction: float = _flag(
+        0.01,
+        "Fraction of unreadable files above which the job refuses to start.",
+        at_least=0,
+        at_most=1,
+        resumable=True,
+    )
+    read_parallelism: int = _flag(
+        0,
+        f"Images read in parallel. 0: {REMOTE_READ_PARALLELISM} from a bucket; from a disk, chosen for this machine.",
+        at_least=0,
+        at_most=512,
+        resumable=True,
+        per_worker=True,
+    )
+    storage_timeout_secs: int = _flag(
+        300,
+        "Seconds for which a bucket that does not answer is retried before the job exits with code 75 (start it again).",
+        at_least=1,
+        resumable=True,
+        per_worker=True,
+    )
+    cache: str = _flag(
+        "auto",
+        "Where decoded images are kept between epochs of fine-tuning. auto: in memory if they fit in half of what is free.",
+        choices=("auto", "memory", "disk", "none"),
+        resumable=True,
+    )
+    cache_dir: str = _flag(
+        "",
+        "Folder for features and decoded images, which jobs can share. Default: in job_dir.",
+        resumable=True,
+        per_worker=True,
+    )
+    augment: bool = _flag(True, "Random crops, flips and colors in fine-tuning; never in validation or serving.")
     # network
-    weights: str = "imagenet"
-    head: str = "average"
-    preprocessing: str = "imagenet"
-    batch_norm: str = "auto"
-    dropout: float = 0.2
-    summary: bool = False
+    weights: str = _flag(
+        "imagenet",
+        "imagenet (downloaded by Keras), none (random), or the path of a weights file of ResNet50 or of an earlier run.",
+        in_readme=True,
+    )
+    head: str = _flag("average", "Layer between ResNet50 and the softmax layer.", choices=("average", "flatten"))
+    preprocessing: str = _flag(
+        "imagenet",
+        "imagenet: as Keras' ImageNet weights expect; rescale: multiply by 1/255, as in the article.",
+        choices=("imagenet", "rescale"),
+    )
+    batch_norm: str = _flag(
+        "auto",
+        "Batch-norm statistics in fine-tuning. auto: frozen for pretrained weights, trained for random ones.",
+        choices=("auto", "frozen", "train"),
+    )
+    dropout: float = _flag(0.2, "Fraction of features dropped in training.", at_least=0, at_most=0.95)
+    summary: bool = _flag(False, "Print the network layer by layer.", resumable=True)
     # recipe
-    batch_size: int = 32
-    head_epochs: int = 15
-    epochs: int = 0
-    head_learning_rate: float = 1e-3
-    learning_rate: float = 3e-7
-    optimizer: str = "adam"
-    lr_schedule: str = "cosine"
-    warmup_epochs: float = 0.0
-    weight_decay: float = 0.0
-    clip_norm: float = 0.0
-    label_smoothing: float = 0.0
-    class_weight: str = "none"
-    early_stopping_patience: int = 0
+    batch_size: int = _flag(
+        32, "Images per step over all workers and devices (the global batch).", at_least=1, in_readme=True
+    )
+    head_epochs: int = _flag(
+        15,
+        "Epochs of the head alone, on features that are computed once.",
+        at_least=0,
+        resumable=True,
+        in_readme=True,
+    )
+    epochs: int = _flag(
+        0,
+        "Epochs of fine-tuning the whole network, after the head.",
+        at_least=0,
+        resumable=True,
+        in_readme=True,
+    )
+    head_learning_rate: float = _flag(1e-3, "Peak learning rate of the head's epochs.", above=0)
+    learning_rate: float = _flag(
+        3e-7,
+        "Peak learning rate of fine-tuning; --head_learning_rate is that of the head.",
+        above=0,
+        in_readme=True,
+    )
+    optimizer: str = _flag("adam", "Keras optimizer; sgd has momentum 0.9.", choices=("adam", "adamw", "sgd"))
+    lr_schedule: str = _flag(
+        "cosine", "Schedule from the peak learning rate; cosine ends at 0.", choices=("constant", "cosine")
+    )
+    warmup_epochs: float = _flag(
+        0.0, "Epochs at the start of each stage in which the learning rate rises linearly from 0.", at_least=0
+    )
+    weight_decay: float = _flag(0.0, "Decoupled weight decay; 0: none (adamw: Keras' 0.004).", at_least=0)
+    clip_norm: float = _flag(0.0, "Largest norm of the global batch's gradient; 0: no clipping.", at_least=0)
+    label_smoothing: float = _flag(
+        0.0, "Probability that is moved from the true class to all classes.", at_least=0, at_most=0.9
+    )
+    class_weight: str = _flag(
+        "none",
+        "balanced: examples of rare classes weigh more in the loss.",
+        choices=("none", "balanced"),
+        in_readme=True,
+    )
+    early_stopping_patience: int = _flag(
+        0,
+        "Stop a stage after this many epochs without a better val_accuracy; 0: never.",
+        at_least=0,
+        resumable=True,
+        in_readme=True,
+    )
     # machine
-    precision: str = "auto"
-    xla: str = "auto"
-    steps_per_loop: int = 0
-    require_gpu: bool = False
+    precision: str = _flag(
+        "auto",
+        "auto: the precision that the device computes fast.",
+        choices=("auto", "float32", "mixed_float16", "mixed_bfloat16"),
+        in_readme=True,
+    )
+    xla: str = _flag(
+        "auto",
+        "Compile the training step of each replica with XLA. auto: on one GPU.",
+        choices=("auto", "on", "off"),
+        resumable=True,
+    )
+    steps_per_loop: int = _flag(
+        0, "Training steps per call from the host; 0: as many as take about a second.", at_least=0, resumable=True
+    )
+    require_gpu: bool = _flag(
+        False, "Exit with code 2 and a diagnosis if TensorFlow sees no GPU.", resumable=True, in_readme=True
+    )
     # output
-    job_dir: str = ""
-    model_dir: str = ""
-    tensorboard_dir: str = ""
-    export_formats: str = "saved_model"
-    profile_steps: str = ""
-    checkpoint_secs: int = 300
-    resume: bool = True
-    nan_retries: int = 1
-    price_per_hour: float = 0.0
-    max_cost: float = 0.0
-    dry_run: bool = False
-    log_format: str = "auto"
-    verbosity: int = 0
+    job_dir: str = _flag(
+        "",
+        "Folder for everything that the job writes. Default: the parent of AIP_CHECKPOINT_DIR, which Vertex AI sets.",
+        resumable=True,
+    )
+    model_dir: str = _flag(
+        "",
+        "Folder of the SavedModel. Default: AIP_MODEL_DIR, else saved_model in job_dir.",
+        resumable=True,
+        per_worker=True,
+    )
+    tensorboard_dir: str = _flag(
+        "",
+        "Folder of the TensorBoard logs. Default: AIP_TENSORBOARD_LOG_DIR, else logs in job_dir.",
+        resumable=True,
+        per_worker=True,
+    )
+    export_formats: str = _flag(
+        "saved_model",
+        "Comma-separated: saved_model, which is always written, tflite and onnx, which go to exports/ in job_dir.",
+        resumable=True,
+        in_readme=True,
+    )
+    profile_steps: str = _flag(
+        "",
+        "First and last step, as in 10,20, of the first fine-tuning epoch (of the head's with --epochs=0) for which a "
+        "TensorFlow profile is written to tensorboard_dir.",
+        resumable=True,
+    )
+    checkpoint_secs: int = _flag(
+        300,
+        "Seconds between checkpoints within an epoch; there is one after each epoch too.",
+        at_least=1,
+        resumable=True,
+    )
+    resume: bool = _flag(
+        True, "Resume the run in job_dir. --noresume refuses a job_dir that holds a run.", resumable=True
+    )
+    nan_retries: int = _flag(
+        1,
+        "How often a loss that is not finite restores the last checkpoint with half the learning rate.",
+        at_least=0,
+        resumable=True,
+    )
+    price_per_hour: float = _flag(
+        0.0,
+        "Price of one machine, in any currency: the progress line, metrics.json and the report then show the cost.",
+        at_least=0,
+        resumable=True,
+        per_worker=True,
+    )
+    max_cost: float = _flag(
+        0.0,
+        "Save, export the best weights so far and exit with code 0 when the job has cost this much; 0: no limit.",
+        at_least=0,
+        resumable=True,
+        per_worker=True,
+    )
+    dry_run: bool = _flag(
+        False, "Print the plan (images, steps, network, devices, paths) and write nothing.", resumable=True
+    )
+    log_format: str = _flag(
+        "auto",
+        "json: one JSON object per line, as Cloud Logging reads it. auto: json on Vertex AI and Kubernetes, else text.",
+        choices=("auto", "text", "json"),
+        resumable=True,
+        per_worker=True,
+    )
+    verbosity: int = _flag(0, "", resumable=True, per_worker=True)  # absl defines the flag itself
 
     def __post_init__(self) -> None:
-        """Raises UserError for what no flag's own bounds can see: numbers that are not finite, fields that contradict."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{field.name} is {value}: pass a finite number.")
-        for name in ("learning_rate", "head_learning_rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} is {getattr(self, name)}: nothing would be learned; pass a number above 0.")
-        if not 0 < self.validation_split < 1:
-            raise UserError(
-                f"--validation_split is {self.validation_split}: pass the share of pictures held out, above 0 and below 1."
-            )
-        if self.image_size < MINIMUM_IMAGE_SIZE:
-            raise UserError(
-                f"--image_size is {self.image_size}, but ResNet50 shrinks its input 32 times: "
-                f"pass {MINIMUM_IMAGE_SIZE} or more."
-            )
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size is {self.batch_size}: pass the pictures per step, 1 or more.")
+        """Checks the bounds of each field, then what only several fields together show."""
+        for name, info in FLAG_INFO.items():
+            info.check(name, getattr(self, name))
         if self.head_epochs + self.epochs == 0:
-            raise UserError("--head_epochs and --epochs are both 0: nothing would be trained; set one of them above 0.")
+            raise UserError(
+                "--head_epochs and --epochs are both 0, so nothing would be trained: set one of them above 0."
+            )
         if self.weights == "none" and self.head_epochs:
             raise UserError(
                 f"--weights=none with --head_epochs={self.head_epochs}: a head on features of random weights learns "
-                "little; pass --head_epochs=0 --epochs=N to train the whole network, or give --weights."
+                "little. Pass --head_epochs=0 --epochs=N to train the whole network, or pass --weights."
             )
-        profile_range(self)
         if self.max_cost and not self.price_per_hour:
-            raise UserError(
-                f"--max_cost is {self.max_cost}, but no --price_per_hour tells what a machine costs: pass both."
-            )
-        if self.warmup_epochs and self.warmup_epochs > min(n for n in (self.head_epochs, self.epochs) if n):
+            raise UserError(f"--max_cost is {self.max_cost}, but --price_per_hour is not set: pass both.")
+        shortest_stage = min(epochs for epochs in (self.head_epochs, self.epochs) if epochs)
+        if self.warmup_epochs > shortest_stage:
             raise UserError(
                 f"--warmup_epochs is {self.warmup_epochs}, longer than a stage of "
                 f"--head_epochs={self.head_epochs} --epochs={self.epochs}: pass fewer."
             )
-
         for name in self.export_formats.split(","):
             if name not in EXPORT_PACKAGES:
                 raise UserError(
-                    f"--export_formats={self.export_formats} names {name!r}: pass {', '.join(EXPORT_PACKAGES)}, or "
-                    "several with commas between them."
+                    f"--export_formats={self.export_formats} names {name!r}: pass one or more of "
+                    f"{', '.join(EXPORT_PACKAGES)}, separated by commas."
                 )
+        self.profile_range()
+
+    def profile_range(self) -> tuple[int, int] | None:
+        """First and last step of --profile_steps, counted from 1; None if it is not set. Raises UserError."""
+        if not self.profile_steps:
+            return None
+        words = self.profile_steps.split(",")
+        if len(words) != 2 or not all(word.isdigit() for word in words) or not 1 <= int(words[0]) <= int(words[1]):
+            raise UserError(
+                f"--profile_steps is {self.profile_steps!r}: pass the first and the last step of an epoch, as in 10,20."
+            )
+        return int(words[0]), int(words[1])
 
     def as_dict(self) -> dict[str, str | int | float | bool]:
         """Every field with its value, as config.json holds them."""
         return dataclasses.asdict(self)
 
 
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
-
-# A run that goes on in its job_dir may change these and is still the same run: they say where and how, not what.
-# data_dir is among them because the pictures are compared by content (split.csv), wherever they lie.
-MAY_CHANGE_ON_RESUME = frozenset(
-    {
-        *(
-            "data_dir",
-            "split_file",
-            "job_dir",
-            "model_dir",
-            "tensorboard_dir",
-            "export_formats",
-            "profile_steps",
-            "cache",
-            "cache_dir",
-            "summary",
-            "max_bad_fraction",
-            "read_parallelism",
-            "storage_timeout_secs",
-        ),
-        *("head_epochs", "epochs", "early_stopping_patience", "xla", "steps_per_loop", "require_gpu"),
-        *(
-            "checkpoint_secs",
-            "resume",
-            "nan_retries",
-            "price_per_hour",
-            "max_cost",
-            "dry_run",
-            "log_format",
-            "verbosity",
-        ),
-    }
-)
-
-# What tells two runs' recipes apart, as TensorBoard compares them.
+_FIELDS = dataclasses.fields(Config)
+FLAG_INFO: dict[str, FlagInfo] = {field.name: field.metadata["flag"] for field in _FIELDS}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in _FIELDS}
+MAY_CHANGE_ON_RESUME = frozenset(name for name, info in FLAG_INFO.items() if info.resumable)
+MAY_DIFFER_BETWEEN_WORKERS = frozenset(name for name, info in FLAG_INFO.items() if info.per_worker)
+# What distinguishes the recipes of two runs, as TensorBoard compares them.
 HYPERPARAMETERS = (*(name for name in DEFAULTS if name not in MAY_CHANGE_ON_RESUME), "head_epochs", "epochs")
 
-# Workers may differ in these: where each finds things on its own disk, and how much it says.
-MAY_DIFFER_BETWEEN_WORKERS = frozenset(
-    {
-        *("data_dir", "cache_dir", "model_dir", "tensorboard_dir", "price_per_hour", "max_cost", "log_format"),
-        *("verbosity", "read_parallelism", "storage_timeout_secs"),
+
+def define_flags() -> None:
+    """Defines one absl flag for each field of Config, but for verbosity, which absl defines itself.
+
+    Bounds are checked by Config, so that Python callers and the command line get the same message.
+    """
+    defines = {
+        bool: flags.DEFINE_boolean,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
     }
-)
-
-
-def profile_range(settings: Config) -> tuple[int, int] | None:
-    """The first and the last step of --profile_steps=a,b, None without it. Raises UserError if it is no such pair."""
-    if not settings.profile_steps:
-        return None
-    words = settings.profile_steps.split(",")
-    if len(words) != 2 or not all(word.isdigit() for word in words) or not 1 <= int(words[0]) <= int(words[1]):
-        raise UserError(
-            f"--profile_steps is {settings.profile_steps!r}: pass the first and the last step of an epoch, as in 10,20."
-        )
-    return int(words[0]), int(words[1])
-
-
-def replace(settings: Config, **values: Any) -> Config:
-    """The same Config but for those fields."""
-    return dataclasses.replace(settings, **values)
+    for name, info in FLAG_INFO.items():
+        if name == "verbosity":
+            continue
+        if info.choices:
+            flags.DEFINE_enum(name, DEFAULTS[name], list(info.choices), info.help)
+        else:
+            defines[type(DEFAULTS[name])](name, DEFAULTS[name], info.help)
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """The fields of two Config.as_dict() that differ and make another run of it, as `name: before -> now`."""
+    """Fields of two Config.as_dict() that differ and make it another run, each as `name: before -> now`."""
     return [
         f"{name}: {before.get(name)} -> {now[name]}"
         for name in now

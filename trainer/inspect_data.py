@@ -16,12 +16,19 @@ import markupsafe
 import numpy as np
 from absl import flags, logging
 
-from trainer import command, figures, inspection, page, storage, tfds_folder
+from trainer import cli
+from trainer.data import inspection, tfds
+from trainer.data.inspection import InspectedFile, Inspection
 from trainer.errors import UserError
-from trainer.inspection import File, Inspection
+from trainer.reporting import html, plots, thumbnails
+from trainer.storage import files
 
 SHOWN = 5  # lines per finding on the terminal
+
+
 CLASSES_SHOWN = 30
+
+
 SHOWN_GROUPS, SHOWN_FILES = 24, 6  # of thumbnails in the page
 
 
@@ -38,13 +45,13 @@ def main(arguments: list[str]) -> int:
     """Inspects the folder; returns the exit code."""
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --data_dir={arguments[0]} if it is the folder.")
-    command.require("data_dir")
-    data_dir, output_dir, fix = command.values(("data_dir", "output_dir", "fix")).values()
+    cli.require("data_dir")
+    data_dir, output_dir, fix = cli.flag_values(("data_dir", "output_dir", "fix")).values()
     started = time.monotonic()
-    with tfds_folder.laid_out(data_dir) as directory:
+    with tfds.as_folder(data_dir) as directory:
         found = inspection.inspect(directory, progress=sys.stderr.isatty())
         seconds = time.monotonic() - started
-        findings = what_is_wrong(found)
+        findings = find_problems(found)
         _write(found, findings, directory, output_dir)
     if fix:
         _write_fix(found, data_dir, fix)
@@ -54,10 +61,10 @@ def main(arguments: list[str]) -> int:
     return 1 if findings and flags.FLAGS.strict else 0
 
 
-def what_is_wrong(found: Inspection) -> list[tuple[str, list[str]]]:
+def find_problems(found: Inspection) -> list[tuple[str, list[str]]]:
     """The findings that --strict refuses: a sentence each, and the files it is about."""
 
-    def groups(of: list[list[File]]) -> list[str]:
+    def groups(of: list[list[InspectedFile]]) -> list[str]:
         return [" = ".join(f"{file.path!r}" for file in group) for group in of]
 
     empty = [name for name, count in found.class_counts.items() if not count]
@@ -111,17 +118,17 @@ def _shortened(lines: list[str], length: int, what: str) -> list[str]:
 
 
 def _write(found: Inspection, findings: list[tuple[str, list[str]]], data_dir: str, output_dir: str) -> None:
-    storage.make_directory(output_dir)
-    storage.write_json(os.path.join(output_dir, "inspect.json"), inspection.summary(found))
+    files.make_directory(output_dir)
+    files.write_json(os.path.join(output_dir, "inspect.json"), inspection.summary(found))
     histogram = ""
     if found.good:
-        with figures.style():
-            figure = figures.size_histogram(np.array([file.small_side for file in found.good]))
-            storage.write_whole(os.path.join(output_dir, "sizes.png"), figures.png(figure))
-            histogram = markupsafe.Markup(figures.svg(figure, "sizes"))
+        with plots.style():
+            figure = plots.size_histogram(np.array([file.small_side for file in found.good]))
+            files.atomic_write(os.path.join(output_dir, "sizes.png"), plots.png(figure))
+            histogram = markupsafe.Markup(plots.svg(figure, "sizes"))
 
-    def shown(groups: list[list[File]]) -> list[list[dict]]:
-        return inspection.thumbnails(data_dir, groups, num_groups=SHOWN_GROUPS, num_files=SHOWN_FILES)
+    def shown(groups: list[list[InspectedFile]]) -> list[list[dict]]:
+        return thumbnails.of_groups(data_dir, groups, num_groups=SHOWN_GROUPS, num_files=SHOWN_FILES)
 
     sections = [
         ("Same bytes under two labels", found.two_label_duplicates),
@@ -130,7 +137,7 @@ def _write(found: Inspection, findings: list[tuple[str, list[str]]], data_dir: s
         ("Same bytes twice in a class", found.same_label_duplicates),
         ("Alike within a class", found.near_duplicates),
     ]
-    text = page.render(
+    text = html.render(
         "inspect.html",
         data_dir=data_dir,
         found=found,
@@ -140,22 +147,22 @@ def _write(found: Inspection, findings: list[tuple[str, list[str]]], data_dir: s
         sections=[(title, len(groups), shown(groups)) for title, groups in sections if groups],
         largest=max([1, *found.class_counts.values()]),
     )
-    storage.write_whole(os.path.join(output_dir, "inspect.html"), text)
+    files.atomic_write(os.path.join(output_dir, "inspect.html"), text)
 
 
 def _write_fix(found: Inspection, data_dir: str, path: str) -> None:
-    removable = [storage.join(data_dir, file.path) for file in found.to_remove()]
+    removable = [files.join(data_dir, file.path) for file in found.to_remove()]
     # A folder is not removed by a list of files, and a name of two lines cannot stand in one.
     listed = [name for name in removable if "\n" not in name and _is_file(name)]
-    storage.write_whole(path, "".join(f"{name}\n" for name in listed))
+    files.atomic_write(path, "".join(f"{name}\n" for name in listed))
     logging.info("%s lists %d files to remove.", path, len(listed))
     for name in sorted(set(removable) - set(listed)):
         logging.warning("%r cannot be listed in %s: remove it by hand.", name, path)
 
 
 def _is_file(path: str) -> bool:
-    return storage.is_remote(path) or (os.path.lexists(path) and not os.path.isdir(path))
+    return files.is_remote(path) or (os.path.lexists(path) and not os.path.isdir(path))
 
 
 if __name__ == "__main__":
-    command.run(main, define_flags=define_flags)
+    cli.run(main, define_flags=define_flags)

@@ -1,11 +1,13 @@
-"""The job from devices to the exported model: what `trainer.task` does once the pictures are known.
+"""The composition root: prepared data, devices and configuration -> a trained, exported and reported model.
 
 Shapes: N training and V validation examples, F features, C classes.
 """
 
 import contextlib
+import dataclasses
 import os
 import platform
+import shlex
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,242 +16,320 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-from trainer import (
-    command,
-    data,
-    deliver,
-    devices,
-    gradcam,
-    job_stages,
-    lease,
-    model,
-    plan,
-    record,
-    scoring,
-    splits,
-    stages,
-    storage,
-    train,
-    wording,
-)
-from trainer.cluster import Cluster
-from trainer.config import DEFAULTS, MAY_DIFFER_BETWEEN_WORKERS, Config
-from trainer.cost import Cost
-from trainer.display import Display, draw_missing
+from trainer import cli, config, formatting
+from trainer.artifacts import metrics, run_record
+from trainer.artifacts.job_dir import JobDir
+from trainer.config import Config
+from trainer.data import input_pipeline, sampler
+from trainer.data.dataset import Folder, Split
+from trainer.data.image_source import ImageSource
 from trainer.errors import UserError
-from trainer.examples import BadFile, Folder, Split
-from trainer.job_dir import JobDir
-from trainer.job_stages import Job
-from trainer.model import Network
-from trainer.pictures import Pictures
-from trainer.stages import Run, Stage
-from trainer.tensorboard import TensorBoard
-from trainer.terminal import Terminal
+from trainer.models import gradcam, resnet
+from trainer.models.resnet import Network
+from trainer.reporting import live, plan
+from trainer.reporting.live import ReportWriter
+from trainer.reporting.tensorboard import TensorBoard
+from trainer.runtime import agreement, devices
+from trainer.runtime.cluster import Cluster
+from trainer.runtime.devices import Devices
+from trainer.runtime.signals import StopSignal
+from trainer.serving import exporter
+from trainer.serving.exporter import FinishedRun
+from trainer.storage import files, lock
+from trainer.training import stages
+from trainer.training.cost import Cost
+from trainer.training.loop import ProfileRange, StopReason, TrainingInterrupted
+from trainer.training.optimizer import Recipe
+from trainer.training.progress import ProgressReporter
+from trainer.training.stages import StageInputs
+from trainer.training.trainer import HEAD, WHOLE_NETWORK, Callbacks, EpochResult, Stage, Trainer, TrainerOptions
 
-WORTH_A_HINT = 0.1  # of the steps' time spent waiting for pictures
-SECONDS_WORTH_A_HINT = 10  # of an epoch; in less, the start of the input is most of it
+SLOW_INPUT_SHARE = 0.1  # of the time of the steps spent waiting for images, above which advice is logged
+SLOW_INPUT_MIN_SECONDS = 10  # of an epoch; in a shorter one, the start of the input dominates
+
+# What a collective operation raises when a worker at its other end is gone.
+LOST_WORKER = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.InternalError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.FailedPreconditionError,
+)
 
 
-def run(
-    settings: Config,
-    me: Cluster,
-    folder: Folder,
-    sides: Split,
-    fingerprint: str,
-    stop: Any,
-    *,
-    tell_tuner: Callable[[dict], None],
-    build: Callable[..., Network],
-) -> int:
-    """Trains and exports; returns the exit code. `stop.is_set()` tells that a signal asked for the end.
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedJob:
+    """What a command hands over: everything that is decided before TensorFlow starts.
 
-    `tell_tuner` gets each row of the history. `build` makes the network: trainer.model.build, or what takes the same
-    arguments.
+    `report_metrics` receives each row of the history. `build_network` is models.resnet.build, or a function with the
+    same arguments.
     """
-    machine = devices.start(me, require_gpu=settings.require_gpu)
-    stop.listen()
-    precision, reason = devices.precision(settings.precision, machine.kind)
-    trains_statistics = model.trains_statistics(settings.batch_norm, settings.weights)
+
+    settings: Config
+    cluster: Cluster
+    folder: Folder
+    split: Split
+    split_origin: str
+    fingerprint: str
+    profile_range: tuple[int, int] | None
+    stop: StopSignal
+    report_metrics: Callable[[dict], None]
+    build_network: Callable[..., Network] = resnet.build
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A prepared job with the machine that it runs on and the folder that it writes to."""
+
+    prepared: PreparedJob
+    devices: Devices
+    precision: str
+    precision_reason: str
+    xla: bool
+    paths: JobDir
+    cost: Cost
+    progress: ProgressReporter
+    images: ImageSource
+
+    @property
+    def settings(self) -> Config:
+        """The flags."""
+        return self.prepared.settings
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this worker writes."""
+        return self.prepared.cluster.is_chief
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, in the order of the network's outputs."""
+        return self.prepared.folder.class_names
+
+    def stop_requested(self) -> StopReason:
+        """Why this worker asks to stop; only the chief looks at the cost."""
+        if self.prepared.stop.is_set():
+            return StopReason.SIGNAL
+        return StopReason.COST_LIMIT if self.cost.limit_reached() else StopReason.NONE
+
+
+def run(prepared: PreparedJob) -> int:
+    """Trains and exports, or prints the plan of a dry run; returns the exit code."""
+    settings, cluster = prepared.settings, prepared.cluster
+    machine = devices.start(cluster, require_gpu=settings.require_gpu)
+    prepared.stop.listen()
+    precision, precision_reason = devices.choose_precision(settings.precision, machine.kind)
+    trains_statistics = resnet.updates_batch_statistics(settings.batch_norm, settings.weights)
     xla = devices.use_xla(settings.xla, machine, trains_statistics=bool(settings.epochs) and trains_statistics)
     resolved = {
-        **{"precision": precision, "precision_reason": reason, "xla": xla, "workers": me.workers},
-        **{"replicas": machine.replicas, "devices": list(machine.names), "cluster": me.source},
-        "split": splits.origin(folder, validation_split=settings.validation_split, split_file=settings.split_file),
+        "precision": precision,
+        "precision_reason": precision_reason,
+        "xla": xla,
+        "workers": cluster.workers,
+        "replicas": machine.replicas,
+        "devices": list(machine.names),
+        "cluster": cluster.source,
+        "split": prepared.split_origin,
     }
     if settings.dry_run:
-        print(plan.describe(settings, folder, sides, resolved))
+        print(plan.describe(settings, prepared.folder, prepared.split, resolved))
         return 0
-    cost = Cost(settings.price_per_hour, me.workers, settings.max_cost if me.is_chief else 0.0)
     paths = JobDir(settings.job_dir)
-    if _is_finished(deliver.Outcome(settings, folder, sides.validation, paths, build), is_chief=me.is_chief):
+    finished = _finished_run(prepared, paths)
+    if _is_finished(finished, settings, is_chief=cluster.is_chief):
         return 0
-    if me.is_chief:
-        storage.make_directory(paths.checkpoints)
+    if cluster.is_chief:
+        files.make_directory(paths.checkpoints)
+    cost = Cost(settings.price_per_hour, cluster.workers, settings.max_cost if cluster.is_chief else 0.0)
+    last_stage = WHOLE_NETWORK if settings.epochs else HEAD
     job = Job(
-        *(settings, me, folder, sides, machine, precision, xla, paths),
-        Terminal(command.shows_bars(), last_stage="all" if settings.epochs else "head", cost=cost),
-        *(cost, stop, tell_tuner, build),
-        _pictures(settings, folder, sides, paths),
+        prepared=prepared,
+        devices=machine,
+        precision=precision,
+        precision_reason=precision_reason,
+        xla=xla,
+        paths=paths,
+        cost=cost,
+        progress=ProgressReporter(shows_bars=cli.shows_bars(), last_stage=last_stage, cost=cost),
+        images=_image_source(prepared, paths),
     )
     logging.info(
-        "Worker %d of %d (%s), %d replicas in all, here on %s; %s, since %s; XLA %s.",
-        *(me.index + 1, me.workers, me.source, machine.replicas, ", ".join(machine.names)),
-        *(precision, reason, "on" if xla else "off"),
+        f"Worker {cluster.index + 1} of {cluster.workers} ({cluster.source}); replicas over all workers: "
+        f"{machine.replicas}; devices here: {', '.join(machine.names)}; {precision}, because {precision_reason}; "
+        f"XLA {'on' if xla else 'off'}."
     )
-    return _run_under_lease(job, resolved, fingerprint)
+    return _run_locked(job, finished, resolved)
 
 
-def _run_under_lease(job: Job, resolved: dict, fingerprint: str) -> int:
-    """Trains and exports while no other job may write; returns the exit code of how that ended."""
-    settings, me = job.settings, job.me
-    try:
-        with _lease(job):
-            if me.is_chief:
-                for directory in (settings.job_dir, job.paths.checkpoints, f"{settings.job_dir}/report"):
-                    storage.remove_leftovers(directory)
-                _write_what_is_known(job, resolved, fingerprint)
-            try:
-                _train_and_export(job, fingerprint)
-            except tf.errors.OpError as error:  # TensorFlow wraps what Python raised while it was reading
-                if job.pictures.failure:
-                    raise job.pictures.failure from error
-                raise
-    except train.Stopped:
-        job.terminal.close()
-        logging.warning("Stopped; all is saved in %s. The same command goes on from here.", settings.job_dir)
-        return command.EXIT_STOPPED
-    except TimeoutError as error:  # of a bucket
-        logging.error("%s: %s. All that was saved is intact in %s.", error.filename, error.strerror, settings.job_dir)
-        return command.EXIT_RETRY
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or settings.job_dir} cannot be written or read ({error.strerror or error}): mend that and "
-            f"start the same command again; it goes on from the last complete save in {settings.job_dir}."
-        ) from error
-    except LOST_WORKER as error:
-        if me.workers == 1:
-            raise
-        logging.error("Another worker ended or cannot be reached; start all workers again. (%s)", first_line(error))
-        logging.flush()
-        os._exit(command.EXIT_RETRY)  # an orderly end would wait for the worker that is gone
-    return 0
+def _finished_run(prepared: PreparedJob, paths: JobDir) -> FinishedRun:
+    settings = prepared.settings
+    return FinishedRun(
+        paths=paths,
+        data_dir=settings.data_dir,
+        model_dir=settings.model_dir,
+        export_formats=settings.export_formats,
+        class_names=prepared.folder.class_names,
+        validation=prepared.split.validation,
+        image_size=settings.image_size,
+        preprocessing=settings.preprocessing,
+        head=settings.head,
+        with_webp="WebP" in prepared.folder.formats,
+        build_network=prepared.build_network,
+    )
 
 
-def _is_finished(outcome: deliver.Outcome, *, is_chief: bool) -> bool:
-    """Whether nothing is left to do in job_dir, which is then said."""
-    settings, metrics = outcome.settings, storage.read_json(outcome.paths.metrics)
-    if not metrics or metrics["epochs"] != [settings.head_epochs, settings.epochs]:
-        return False
-    if metrics.get("stopped_by_cost"):
-        if not settings.max_cost or metrics["cost"] < settings.max_cost:
-            return False
-        logging.info(
-            "The run in %s has cost %.2f, which is all it may: raise --max_cost.", settings.job_dir, metrics["cost"]
-        )
-    else:
-        logging.info("The run in %s is finished: val_accuracy %.4f.", settings.job_dir, metrics["val_accuracy"])
-        if is_chief:
-            metrics = deliver.what_is_missing(outcome, metrics)
-            draw_missing(settings.job_dir)
-    _say_what_is_there(outcome, metrics)
-    return True
-
-
-def _pictures(settings: Config, folder: Folder, sides: Split, paths: JobDir) -> Pictures:
+def _image_source(prepared: PreparedJob, paths: JobDir) -> ImageSource:
     """Raises UserError, before anything is trained, if --cache does not fit."""
-    cache = data.choose_cache(
+    settings, folder = prepared.settings, prepared.folder
+    cache = input_pipeline.choose_cache(
         settings.cache,
         num_bytes=len(folder.examples) * settings.image_size**2 * 3,
         passes=settings.epochs + bool(settings.head_epochs),
         directory=settings.cache_dir or paths.checkpoints,
     )
-    names = ("image_size", "cache_dir", "read_parallelism")
-    options = {name: getattr(settings, name) for name in names}
-    return Pictures(settings.data_dir, folder, sides, cache=cache, **options)
+    return ImageSource(
+        settings.data_dir,
+        folder,
+        prepared.split,
+        image_size=settings.image_size,
+        cache=cache,
+        cache_dir=settings.cache_dir,
+        read_parallelism=settings.read_parallelism,
+        max_bad_fraction=settings.max_bad_fraction,
+    )
 
 
-def _lease(job: Job) -> contextlib.AbstractContextManager:
-    def end_at_once() -> None:
-        logging.flush()
-        os._exit(command.EXIT_RETRY)  # two jobs must not write
+def _is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> bool:
+    """Whether nothing is left to do in job_dir, which is then logged."""
+    values = finished.paths.read_metrics()
+    if not values or values["epochs"] != [settings.head_epochs, settings.epochs]:
+        return False
+    if values.get("stopped_by_cost"):
+        if not settings.max_cost or values["cost"] < settings.max_cost:
+            return False
+        logging.info("The run in %s has reached its limit: it cost %.2f. To continue, raise --max_cost.",
+                     settings.job_dir, values["cost"])  # fmt: skip
+    else:
+        logging.info("The run in %s is finished: val_accuracy %.4f.", settings.job_dir, values["val_accuracy"])
+        if is_chief:
+            values = exporter.export_missing(finished, values)
+            live.write_missing(settings.job_dir)
+    _print_result(finished, values)
+    return True
 
-    return lease.hold(job.paths.checkpoints, on_lost=end_at_once) if job.me.is_chief else contextlib.nullcontext()
+
+def _run_locked(job: Job, finished: FinishedRun, resolved: dict[str, Any]) -> int:
+    """Trains and exports while this job holds the lock of job_dir; returns the exit code."""
+    settings, cluster = job.settings, job.prepared.cluster
+    try:
+        with _lock(job):
+            if job.is_chief:
+                job.paths.remove_partial_files()
+                _write_run_info(job, resolved)
+            try:
+                _train_and_export(job, finished)
+            except tf.errors.OpError as error:  # TensorFlow wraps what Python raised while it was reading
+                if job.images.failure:
+                    raise job.images.failure from error
+                raise
+    except TrainingInterrupted:
+        job.progress.close()
+        logging.warning("Stopped; everything is saved in %s. The same command resumes the run.", settings.job_dir)
+        return cli.EXIT_STOPPED
+    except TimeoutError as error:  # of a bucket
+        logging.error(
+            "%s: %s. The last checkpoint in %s is complete.", error.filename, error.strerror, settings.job_dir
+        )
+        return cli.EXIT_RETRY
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or settings.job_dir} cannot be written or read ({error.strerror or error}): fix that and "
+            f"start the same command again; it resumes from the last complete checkpoint in {settings.job_dir}."
+        ) from error
+    except LOST_WORKER as error:
+        if cluster.workers == 1:
+            raise
+        logging.error("Another worker exited or cannot be reached: start all workers again. (%s)", _first_line(error))
+        _exit_at_once()  # an orderly exit would wait for the worker that is gone
+    return 0
 
 
-# What a collective operation raises when a worker at its other end is gone.
-LOST_WORKER = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.InternalError, tf.errors.CancelledError,
-               tf.errors.DeadlineExceededError, tf.errors.FailedPreconditionError)  # fmt: skip
+def _lock(job: Job) -> contextlib.AbstractContextManager:
+    if not job.is_chief:
+        return contextlib.nullcontext()
+    return lock.hold(job.paths.checkpoints, on_lost=_exit_at_once)  # two jobs must not write
 
 
-def first_line(error: tf.errors.OpError) -> str:
-    """What TensorFlow said, without its stack."""
+def _exit_at_once() -> None:
+    logging.flush()
+    os._exit(cli.EXIT_RETRY)
+
+
+def _first_line(error: tf.errors.OpError) -> str:
+    """TensorFlow's message without its stack."""
     return error.message.splitlines()[0][:300]
 
 
-def _write_what_is_known(job: Job, resolved: dict, fingerprint: str) -> None:
-    versions = {"tensorflow": tf.__version__, "keras": keras.__version__, "python": platform.python_version()}
-    known = {"flags": job.settings.as_dict(), "defaults": DEFAULTS, "resolved": resolved, "versions": versions}
-    job.paths.write_split(job.sides, job.folder.class_names)
-    job.paths.write_bad_files(list(job.folder.bad_files))
-    storage.write_json(job.paths.config, {**known, "fingerprint": fingerprint})  # last: it marks a run that began
+def _write_run_info(job: Job, resolved: dict[str, Any]) -> None:
+    folder = job.prepared.folder
+    job.paths.write_split(job.prepared.split, folder.class_names)
+    job.paths.write_bad_files(folder.bad_files)
+    job.paths.write_config(  # last: it marks a run that began
+        {
+            "flags": job.settings.as_dict(),
+            "defaults": config.DEFAULTS,
+            "resolved": resolved,
+            "versions": {
+                "tensorflow": tf.__version__,
+                "keras": keras.__version__,
+                "python": platform.python_version(),
+            },
+            "fingerprint": job.prepared.fingerprint,
+        }
+    )
 
 
-def _check_workers(job: Job, training: Run, fingerprint: str) -> None:
-    """Raises UserError on every worker if one of them has other flags, other pictures or another save than the chief."""
-    values = job.settings.as_dict().items()
-    flags = {name: value for name, value in values if name not in MAY_DIFFER_BETWEEN_WORKERS}
-    stranger = train.find_stranger(repr((flags, fingerprint, job.precision, training.position())), job.devices)
-    if stranger is not None:
-        raise UserError(
-            f"Worker {stranger // job.devices.local_replicas} has other flags, other pictures, another precision or sees "
-            f"another save than the chief: give all workers the same flags, the same pictures and one shared job_dir. "
-            f"Here: worker {job.me.index}, pictures {fingerprint[:12]}, {job.precision}, at {training.position()}, {flags}"
-        )
-
-
-def _train_and_export(job: Job, fingerprint: str) -> None:
-    """Raises train.Stopped if a signal came; a limit of cost that was reached ends it with what there is."""
-    network = _build(job)
-    bad_files = {bad.path: bad for bad in job.folder.bad_files}
-    job.pictures.on_bad = lambda path: job_stages.note_unreadable(job, bad_files, [path])
-    training = _resume(job, network, fingerprint)
-    if job.pictures.num_shards:
-        with job.terminal.pass_over("fetching shards", job.pictures.num_shards) as bar:
-            job.pictures.stage(bar.update)
-    display: Display | None = None
-    if job.me.is_chief:
-        display = Display(job.settings.job_dir, TensorBoard(job.settings.tensorboard_dir, job.settings.as_dict()))
-        for row in training.progress.history:  # of earlier starts: a tuner that lost them gets them again
-            job.tell_tuner(row)
+def _train_and_export(job: Job, finished: FinishedRun) -> None:
+    """Raises TrainingInterrupted after a signal. At the cost limit, it exports the best weights so far."""
+    network = _build_network(job)
+    trainer = _make_trainer(job, network)
+    if job.images.num_unfetched_shards:
+        with job.progress.bar("fetching shards", job.images.num_unfetched_shards) as bar:
+            job.images.fetch_shards(bar.update)
+    writer: ReportWriter | None = None
+    if job.is_chief:
+        writer = ReportWriter(job.settings.job_dir, TensorBoard(job.settings.tensorboard_dir, job.settings.as_dict()))
+        for row in trainer.state.history:  # of earlier starts: a tuner that lost them receives them again
+            job.prepared.report_metrics(row)
     is_stopped_by_cost = False
     try:
-        _train(job, network, training, bad_files, display)
-    except train.Stopped as stopped:
-        if stopped.by_signal:
+        _train(job, network, trainer, writer)
+    except TrainingInterrupted as interruption:
+        if interruption.reason != StopReason.COST_LIMIT:
             raise
         is_stopped_by_cost = True
-        training.end(training.progress.stage)
-    training.wait()
-    job.terminal.close()
-    if not display:
-        return  # the chief writes what there is
+        trainer.finish_stage(trainer.state.stage)
+    trainer.wait()
+    job.progress.close()
+    if not writer:
+        return  # only the chief exports
     if is_stopped_by_cost:
         logging.warning(
-            "Stopped: the job has cost %.2f, as --max_cost=%s says. All is saved in %s; the same command with a higher "
-            "--max_cost goes on from here.%s",
-            *(job.cost.after(), job.settings.max_cost, job.settings.job_dir),
-            "" if training.best.epoch else " No epoch is complete, so there is no model yet.",
+            f"Stopped: the job has cost {job.cost.total():.2f}, the limit is --max_cost={job.settings.max_cost}. "
+            f"Everything is saved in {job.settings.job_dir}; the same command with a higher --max_cost resumes the run."
+            + ("" if trainer.best.epoch else " No epoch is complete, so there is no model yet.")
         )
-    if training.best.epoch:
-        job.paths.write_bad_files(list(bad_files.values()))
-        _finish(job, training, display, len(bad_files), is_stopped_by_cost=is_stopped_by_cost)
+    if trainer.best.epoch:
+        job.paths.write_bad_files(job.images.bad_files.values())
+        _finish(job, finished, trainer, writer, is_stopped_by_cost=is_stopped_by_cost)
 
 
-def _build(job: Job) -> Network:
+def _build_network(job: Job) -> Network:
     settings = job.settings
     with job.devices.strategy.scope():
-        network = job.build(
-            num_classes=len(job.folder.class_names),
+        network = job.prepared.build_network(
+            num_classes=len(job.class_names),
             image_size=settings.image_size,
             weights=settings.weights,
             head=settings.head,
@@ -257,126 +337,193 @@ def _build(job: Job) -> Network:
             seed=settings.seed,
             batch_norm=settings.batch_norm,
         )
-    if settings.summary and job.me.is_chief:
+    if settings.summary and job.is_chief:
         network.model.summary(line_length=110)
     return network
 
 
-def _resume(job: Job, network: Network, fingerprint: str) -> Run:
-    """The run where its newest save left it, on every worker the same one; or at its beginning."""
+def _make_trainer(job: Job, network: Network) -> Trainer:
+    """A trainer at the newest checkpoint, the same one on every worker, or at the beginning."""
     settings = job.settings
-    training = Run(
-        network.model,
-        network.head,
+    trainer = Trainer(
+        network,
         paths=job.paths,
-        is_chief=job.me.is_chief,
-        validation_labels=job.sides.validation.labels,
-        label_smoothing=settings.label_smoothing,
-        early_stopping_patience=settings.early_stopping_patience,
-        checkpoint_secs=settings.checkpoint_secs,
-        nan_retries=settings.nan_retries,
-        steps_per_loop=settings.steps_per_loop,
-        watcher=stages.Watcher(job.terminal.on_round, job.wish_to_stop, job.cost.seconds),
+        is_chief=job.is_chief,
+        validation_labels=job.prepared.split.validation.labels,
+        options=TrainerOptions(
+            label_smoothing=settings.label_smoothing,
+            early_stopping_patience=settings.early_stopping_patience,
+            checkpoint_secs=settings.checkpoint_secs,
+            nan_retries=settings.nan_retries,
+            steps_per_loop=settings.steps_per_loop,
+        ),
+        callbacks=Callbacks(job.progress.on_steps, job.stop_requested, job.cost.seconds),
     )
-    if training.resume():
-        logging.info("Going on from the save after epoch %d.", len(training.progress.history))
-    _check_workers(job, training, fingerprint)
-    job.cost.seconds_before = training.progress.seconds
-    return training
+    if trainer.resume():
+        logging.info("Resuming from the checkpoint after epoch %d.", len(trainer.state.history))
+    _check_workers_agree(job, trainer)
+    job.cost.seconds_before = trainer.state.seconds
+    return trainer
 
 
-def _train(job: Job, network: Network, training: Run, bad_files: dict[str, BadFile], display: Display | None) -> None:
-    """Runs the stages that remain, and shows each epoch. Raises Stopped."""
-    hint = ""
-    for stage in job_stages.remaining(job, network, training, bad_files):
-        for result in training.epochs(stage):
-            job_stages.check_bad_files(job, bad_files)
-            job.terminal.on_epoch(result.row, result.times, is_best=result.is_best)
-            hint = _hint_at_input(stage, result, hint)
-            if display:
-                writing = time.monotonic()
-                job.tell_tuner(result.row)
-                _write_epoch(job, training, is_best=result.is_best)
-                display.after_epoch(result.row, result.times)
-                result.times["saving_seconds"] += time.monotonic() - writing  # told by the next writing of time.csv
+def _check_workers_agree(job: Job, trainer: Trainer) -> None:
+    """Raises UserError on every worker if one of them has other flags, other images or another checkpoint than the chief."""
+    values = job.settings.as_dict().items()
+    flags = {name: value for name, value in values if name not in config.MAY_DIFFER_BETWEEN_WORKERS}
+    fingerprint, position = job.prepared.fingerprint, trainer.position()
+    mismatched = agreement.find_mismatched_replica(repr((flags, fingerprint, job.precision, position)), job.devices)
+    if mismatched is not None:
+        raise UserError(
+            f"Worker {mismatched // job.devices.local_replicas} has other flags, other images, another precision or "
+            "another checkpoint than the chief: give all workers the same flags, the same images and one shared job_dir. "
+            f"Here: worker {job.prepared.cluster.index}, images {fingerprint[:12]}, {job.precision}, at {position}, {flags}"
+        )
 
 
-def _finish(job: Job, training: Run, display: Display, num_bad: int, *, is_stopped_by_cost: bool) -> None:
-    """Exports the best weights and writes what a finished run leaves."""
+def _train(job: Job, network: Network, trainer: Trainer, writer: ReportWriter | None) -> None:
+    """Runs the remaining stages and reports each epoch. Raises TrainingInterrupted."""
+    is_advised = False
+    inputs = _stage_inputs(job, network)
+    for name in (HEAD, WHOLE_NETWORK):
+        stage = _make_stage(job, inputs, name) if _is_remaining(job, trainer, name) else None
+        for result in trainer.epochs(stage) if stage else ():
+            job.images.check_bad_fraction()
+            job.progress.on_epoch(result.row, result.times, is_best=result.is_best)
+            is_advised = is_advised or _log_slow_input(stage, result)
+            if writer:
+                started = time.monotonic()
+                job.prepared.report_metrics(result.row)
+                _write_epoch(job, trainer, is_best=result.is_best)
+                writer.after_epoch(result.row, result.times)
+                result.times["saving_seconds"] += time.monotonic() - started  # in time.csv after the next epoch
+
+
+def _is_remaining(job: Job, trainer: Trainer, stage_name: str) -> bool:
+    if stage_name == HEAD:
+        return bool(job.settings.head_epochs) and trainer.state.stage != WHOLE_NETWORK
+    return bool(job.settings.epochs)
+
+
+def _stage_inputs(job: Job, network: Network) -> StageInputs:
+    settings, split = job.settings, job.prepared.split
+    return StageInputs(
+        network=network,
+        devices=job.devices,
+        images=job.images,
+        split=split,
+        class_weights=sampler.class_weights(split.training.labels, len(job.class_names), settings.class_weight),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        preprocessing=settings.preprocessing,
+        precision=job.precision,
+        xla=job.xla,
+        is_chief=job.is_chief,
+        worker_index=job.prepared.cluster.index,
+        progress=job.progress,
+        stop_requested=job.stop_requested,
+    )
+
+
+def _make_stage(job: Job, inputs: StageInputs, name: str) -> Stage:
     settings = job.settings
-    outcome = deliver.Outcome(settings, job.folder, job.sides.validation, job.paths, job.build)
-    best = deliver.best_network(outcome)
-    differences = deliver.everything(outcome, best, training.best.is_readable)
-    metrics = {**_metrics(job, training, num_bad), "export_differences": differences}
-    if is_stopped_by_cost:
-        metrics["stopped_by_cost"] = True
-    shown = record.read(settings.job_dir).shown_paths
-    heatmaps = gradcam.of_files(
-        best, settings.data_dir, shown, image_size=settings.image_size, preprocessing=settings.preprocessing
+    rate = settings.head_learning_rate if name == HEAD else settings.learning_rate
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    recipe = Recipe(**{**{field: getattr(settings, field) for field in names}, "learning_rate": rate})
+    # Profiled are steps of the whole network, or of the head where that is the only stage.
+    is_profiled = job.is_chief and (name == WHOLE_NETWORK or not settings.epochs)
+    steps = job.prepared.profile_range if is_profiled else None
+    profile = ProfileRange(settings.tensorboard_dir, *steps) if steps else None
+    if name == WHOLE_NETWORK:
+        return stages.whole_network_stage(
+            inputs, epochs=settings.epochs, recipe=recipe, augment=settings.augment, profile=profile
+        )
+    fingerprint = resnet.weights_fingerprint(settings.weights)
+    return stages.head_stage(
+        inputs,
+        epochs=settings.head_epochs,
+        recipe=recipe,
+        feature_dir=settings.cache_dir or job.paths.checkpoints,
+        feature_source=(fingerprint, settings.image_size, settings.preprocessing, settings.head),
+        profile=profile,
     )
-    job.paths.write_heatmaps(training.best.epoch, heatmaps)
-    job.paths.write_times(training.progress.times)
-    storage.write_json(job.paths.metrics, metrics)
-    display.finish()
-    _say_what_is_there(outcome, metrics)
 
 
-def _hint_at_input(stage: Stage, result: stages.EpochResult, said: str) -> str:
-    """Says once, of a stage over pictures, that the device waits for them, and what to try; returns what was said."""
+def _log_slow_input(stage: Stage, result: EpochResult) -> bool:
+    """Logs, for a stage on images, that the device waits for the input, and what to try; returns whether it did."""
     share = result.times["input_wait_seconds"] / max(result.row["seconds"], 1e-9)
-    is_short = result.row["seconds"] < SECONDS_WORTH_A_HINT
-    if said or is_short or not stage.if_input_is_slow or share < WORTH_A_HINT:
-        return said
-    hint = f"Input wait {100 * share:.0f} %: the device waits for pictures. {stage.if_input_is_slow}"
-    logging.info(hint)
-    return hint
+    is_short = result.row["seconds"] < SLOW_INPUT_MIN_SECONDS
+    if is_short or not stage.slow_input_advice or share < SLOW_INPUT_SHARE:
+        return False
+    logging.info("Input wait %.0f %%: the device waits for images. %s", 100 * share, stage.slow_input_advice)
+    return True
 
 
-def _write_epoch(job: Job, training: Run, *, is_best: bool) -> None:
-    job.paths.write_history(training.progress.history)
-    job.paths.write_times(training.progress.times)
+def _write_epoch(job: Job, trainer: Trainer, *, is_best: bool) -> None:
+    job.paths.write_history(trainer.state.history)
+    job.paths.write_times(trainer.state.times)
     if is_best:
-        shown, best = job.sides.validation, training.best
-        probabilities = best.probabilities[best.is_readable]
-        job.paths.write_predictions(shown.take(best.is_readable), probabilities, job.folder.class_names)
+        best = trainer.best
+        examples = job.prepared.split.validation.take(best.is_readable)
+        job.paths.write_predictions(examples, best.probabilities[best.is_readable], job.class_names)
 
 
-def _metrics(job: Job, training: Run, num_bad: int) -> dict:
-    settings, best, history = job.settings, training.best, training.progress.history
-    labels = job.sides.validation.labels[best.is_readable]
-    predicted = best.probabilities[best.is_readable].argmax(axis=1)
-    scores = scoring.classification_metrics(labels, predicted, len(job.folder.class_names))
-    names = job.folder.class_names
-    metrics = {
-        "val_accuracy": best.val_accuracy,
+def _finish(
+    job: Job, finished: FinishedRun, trainer: Trainer, writer: ReportWriter, *, is_stopped_by_cost: bool
+) -> None:
+    """Exports the best weights and writes the last files of a run."""
+    best = exporter.rebuild_best(finished)
+    differences = exporter.export_all(finished, best, trainer.best.is_readable)
+    values = {**_metrics(job, trainer), "export_differences": differences}
+    if is_stopped_by_cost:
+        values["stopped_by_cost"] = True
+    heatmaps = gradcam.of_files(
+        best,
+        finished.data_dir,
+        run_record.read(finished.paths.root).shown_paths,
+        image_size=finished.image_size,
+        preprocessing=finished.preprocessing,
+    )
+    job.paths.write_heatmaps(trainer.best.epoch, heatmaps)
+    job.paths.write_times(trainer.state.times)
+    job.paths.write_metrics(values)
+    writer.finish()
+    _print_result(finished, values)
+
+
+def _metrics(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """What metrics.json says of the best weights and of the run."""
+    settings, split, best = job.settings, job.prepared.split, trainer.best
+    values = {
+        **metrics.validation_metrics(
+            split.validation.labels[best.is_readable], best.probabilities[best.is_readable], job.class_names
+        ),
         "val_loss": best.val_loss,
-        "balanced_accuracy": scores.balanced_accuracy,
         "best_epoch": best.epoch,
         "epochs": [settings.head_epochs, settings.epochs],
-        "train_images": len(job.sides.training),
-        "validation_images": len(job.sides.validation),
-        "bad_images": num_bad,
+        "train_images": len(split.training),
+        "validation_images": len(split.validation),
+        "bad_images": len(job.images.bad_files),
         "seconds": round(job.cost.seconds(), 1),
-        "images_per_second": history[-1]["images_per_second"],
+        "images_per_second": trainer.state.history[-1]["images_per_second"],
         "replicas": job.devices.replicas,
-        "workers": job.me.workers,
+        "workers": job.prepared.cluster.workers,
         "precision": job.precision,
-        "storage_retries": storage.retries(),
-        "per_class": dict(zip(names, scores.per_class, strict=True)),
+        "storage_retries": files.retry_count(),
     }
     if settings.price_per_hour:
-        metrics["cost"] = round(job.cost.after(), 4)
-    return metrics
+        values["cost"] = round(job.cost.total(), 4)
+    return values
 
 
-def _say_what_is_there(outcome: deliver.Outcome, metrics: dict) -> None:
-    settings = outcome.settings
-    example = f"{settings.data_dir}/{outcome.validation.paths[0]}"
+def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
+    example = files.join(finished.data_dir, finished.validation.paths[0])
+    command = ["python", "-m", "trainer.predict", f"--model_dir={finished.model_dir}", example]
     lines = [
-        f"val_accuracy {metrics['val_accuracy']:.4f} (epoch {metrics['best_epoch']}), {wording.duration(metrics['seconds'])}",
-        f"report: {settings.job_dir}/report/index.html",
-        f"model:  {settings.model_dir}",
-        *(f"        {path}" for path in deliver.further_paths(outcome)),
-        "try it: " + plan.shell_line("python", "-m", "trainer.predict", f"--model_dir={settings.model_dir}", example),
+        f"val_accuracy {values['val_accuracy']:.4f} (epoch {values['best_epoch']}), "
+        f"{formatting.duration(values['seconds'])}",
+        f"report: {finished.paths.report_page}",
+        f"model:  {finished.model_dir}",
+        *(f"        {path}" for path in finished.converted_paths),
+        f"try it: {shlex.join(command)}",
     ]
     print("\n".join(lines), flush=True)

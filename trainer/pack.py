@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 from absl import flags, logging
 from tqdm import tqdm
 
-from trainer import command, examples, shards, storage, tfds_folder
+from trainer import cli
+from trainer.data import shards, tfds
+from trainer.data.dataset import Folder, read_folder
+from trainer.data.shards import ShardRecord
 from trainer.errors import UserError
-from trainer.examples import Folder
-from trainer.shards import Record
+from trainer.storage import files
 
 WRITTEN_TOGETHER = 256  # pictures that are read at once
 
@@ -41,13 +43,13 @@ def main(arguments: list[str]) -> None:
     """Packs the folder."""
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --data_dir={arguments[0]} if it is the folder.")
-    command.require("data_dir", "output_dir")
+    cli.require("data_dir", "output_dir")
     data_dir, output_dir = flags.FLAGS.data_dir, flags.FLAGS.output_dir.rstrip("/")
-    if storage.is_remote(output_dir):
-        from trainer import bucket
+    if files.is_remote(output_dir):
+        from trainer.storage import gcs
 
-        bucket.check_writable(output_dir, flag="output_dir")
-    with tfds_folder.laid_out(data_dir) as directory:
+        gcs.check_writable(output_dir, flag="output_dir")
+    with tfds.as_folder(data_dir) as directory:
         num_shards = _pack_folder(directory, output_dir)
     logging.info("%d shards: %s", num_shards, output_dir)
     print(f"train on them: python -m trainer.task --data_dir={output_dir} --job_dir=...")
@@ -55,15 +57,15 @@ def main(arguments: list[str]) -> None:
 
 def _pack_folder(data_dir: str, output_dir: str) -> int:
     is_terminal = sys.stderr.isatty()
-    folder = examples.read_folder(data_dir, max_bad_fraction=flags.FLAGS.max_bad_fraction, progress=is_terminal)
-    command.import_tensorflow()
+    folder = read_folder(data_dir, max_bad_fraction=flags.FLAGS.max_bad_fraction, progress=is_terminal)
+    cli.import_tensorflow()
     with tqdm(desc="packing", total=len(folder.examples), unit="img", disable=not is_terminal, leave=False) as bar:
         return pack(
             folder,
             lambda path: shards.read(data_dir, path) or b"",
             output_dir,
             shard_bytes=flags.FLAGS.shard_megabytes * 2**20,
-            on_pictures=bar.update,
+            on_images=bar.update,
         )
 
 
@@ -76,19 +78,19 @@ def pack(
     output_dir: str,
     *,
     shard_bytes: int,
-    on_pictures: Callable[[int], None] = lambda count: None,
+    on_images: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Writes the shards, their indexes and last the manifest; returns the number of shards.
 
     Raises UserError if a picture is not what was listed any more, or if `output_dir` holds shards of other pictures.
     """
-    storage.make_directory(output_dir)
+    files.make_directory(output_dir)
     hashes, paths = folder.examples.hashes, folder.examples.paths
     order = sorted(range(len(paths)), key=lambda i: (hashes[i], paths[i]))
     identity = hashlib.sha256(repr((folder.class_names, list(zip(hashes, paths, strict=True)), shard_bytes)).encode())
     begun: dict[str, Any] = {"format": shards.FORMAT, "fingerprint": identity.hexdigest(), "shards": []}
-    progress_path = storage.join(output_dir, "progress.json")
-    before = storage.read_json(progress_path) or storage.read_json(storage.join(output_dir, shards.MANIFEST)) or begun
+    progress_path = files.join(output_dir, "progress.json")
+    before = files.read_json(progress_path) or files.read_json(files.join(output_dir, shards.MANIFEST)) or begun
     if before["fingerprint"] != begun["fingerprint"]:
         raise UserError(f"{output_dir} holds shards of other pictures or another size: pass another --output_dir.")
     written: list[dict[str, Any]] = []
@@ -100,15 +102,15 @@ def pack(
             known = _write_shard(folder, read, output_dir, number, order[position:], shard_bytes)
         written.append(known)
         position += known["pictures"]
-        on_pictures(known["pictures"])
-        storage.write_json(progress_path, {**begun, "shards": written})
+        on_images(known["pictures"])
+        files.write_json(progress_path, {**begun, "shards": written})
     manifest = {
-        **{**begun, "pictures": len(order), "class_names": folder.class_names, "kinds": sorted(folder.kinds)},
-        **{"sides": folder.sides, "bad_files": folder.bad_files, "shards": written},
+        **{**begun, "pictures": len(order), "class_names": folder.class_names, "kinds": sorted(folder.formats)},
+        **{"sides": folder.split_folders, "bad_files": folder.bad_files, "shards": written},
     }
-    storage.write_json(storage.join(output_dir, shards.MANIFEST), manifest)
-    storage.remove(progress_path)
-    shards.find.cache_clear()
+    files.write_json(files.join(output_dir, shards.MANIFEST), manifest)
+    files.remove(progress_path)
+    shards.open_pack.cache_clear()
     return len(written)
 
 
@@ -116,7 +118,7 @@ class _Written(NamedTuple):
     """A shard's file on this machine, and where each picture lies in it."""
 
     path: str
-    records: list[Record]
+    records: list[ShardRecord]
 
 
 def _write_shard(folder: Folder, read: Read, output_dir: str, number: int, order: list[int], shard_bytes: int) -> dict:
@@ -124,8 +126,8 @@ def _write_shard(folder: Folder, read: Read, output_dir: str, number: int, order
     with tempfile.TemporaryDirectory() as directory:
         written = _write_local(folder, read, os.path.join(directory, "shard"), number, order, shard_bytes)
         _check(written)
-        contents = storage.read_existing(written.path)
-    storage.write_whole(storage.join(output_dir, shards.shard_name(number)), contents)
+        contents = files.read_existing(written.path)
+    files.atomic_write(files.join(output_dir, shards.shard_name(number)), contents)
     shards.write_index(output_dir, number, written.records)
     return {
         **{"name": shards.shard_name(number), "pictures": len(written.records), "num_bytes": len(contents)},
@@ -140,15 +142,15 @@ def _write_local(folder: Folder, read: Read, path: str, number: int, order: list
     with tf.io.TFRecordWriter(path) as writer:
         for start in range(0, len(order), WRITTEN_TOGETHER):
             together = order[start : start + WRITTEN_TOGETHER]
-            pictures = storage.parallel(lambda i: read(str(folder.examples.paths[i])), together, workers=32)
-            for i, contents in zip(together, pictures, strict=True):
+            images = files.parallel(lambda i: read(str(folder.examples.paths[i])), together, workers=32)
+            for i, contents in zip(together, images, strict=True):
                 name, content_hash = folder.examples.paths[i], folder.examples.hashes[i]
                 if contents is None or hashlib.md5(contents, usedforsecurity=False).hexdigest() != content_hash:
                     raise UserError(f"{name!r} changed while it was packed: start again.")
                 label = int(folder.examples.labels[i])
                 record = _example(contents, name, label, folder.class_names[label], content_hash)
                 offset = end + 12 + record.index(contents)  # 8 bytes of length and 4 of their CRC come before a record
-                records.append(Record(i, name, label, content_hash, number, offset, len(contents)))
+                records.append(ShardRecord(i, name, label, content_hash, number, offset, len(contents)))
                 writer.write(record)
                 end += len(record) + 16
                 if end >= shard_bytes:
@@ -188,10 +190,10 @@ def _check(written: _Written) -> None:
 
 def _is_whole(output_dir: str, number: int, known: dict) -> bool:
     """Whether a shard of an earlier start is there with its index, byte for byte."""
-    path = storage.join(output_dir, shards.shard_name(number))
+    path = files.join(output_dir, shards.shard_name(number))
     index = shards.read_index(output_dir, number)
-    return index is not None and len(index) == known["pictures"] and storage.content_hash(path) == known["md5"]
+    return index is not None and len(index) == known["pictures"] and files.content_hash(path) == known["md5"]
 
 
 if __name__ == "__main__":
-    command.run(main, define_flags=define_flags)
+    cli.run(main, define_flags=define_flags)

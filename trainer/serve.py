@@ -20,8 +20,10 @@ from collections.abc import Mapping
 
 from absl import flags, logging
 
-from trainer import command, labeller, storage
+from trainer import cli
 from trainer.errors import UserError
+from trainer.serving import classifier
+from trainer.storage import files
 
 
 def define_flags() -> None:
@@ -64,32 +66,32 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --model_dir={arguments[0]} if it is the model.")
     names = ("model_dir", "host", "port", "max_request_mb", "max_requests", "max_megapixels", "timeout_secs")
-    values = command.values(names)
+    values = cli.flag_values(names)
     given = {name for name in names if flags.FLAGS[name].present}
     values = with_environment(values, given, os.environ)
     model_dir = values["model_dir"]
     if not model_dir:
-        command.require("model_dir")
-    if not storage.is_remote(model_dir):
-        labeller.check(model_dir)  # now, and not after TensorFlow's import
+        cli.require("model_dir")
+    if not files.is_remote(model_dir):
+        classifier.check_model_dir(model_dir)  # now, and not after TensorFlow's import
     listening = _listen(values["host"], values["port"])
 
     import uvicorn
 
-    from trainer import service
+    from trainer.serving import app
 
-    limits = service.Limits(
+    limits = app.Limits(
         request_bytes=values["max_request_mb"] * 2**20,
         requests=values["max_requests"],
         pixels=values["max_megapixels"] * 10**6,
         seconds=values["timeout_secs"],
     )
 
-    def load() -> labeller.Labeller:
-        command.import_tensorflow()
-        return labeller.load(model_dir)
+    def load() -> classifier.Classifier:
+        cli.import_tensorflow()
+        return classifier.load(model_dir)
 
-    application = service.Service(load, limits, values["predict_route"], values["health_route"])
+    application = app.ServingApp(load, limits, values["predict_route"], values["health_route"])
     server = uvicorn.Server(
         uvicorn.Config(
             application.starlette(),
@@ -124,4 +126,4 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    command.run(main, define_flags=define_flags)
+    cli.run(main, define_flags=define_flags)

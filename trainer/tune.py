@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,8 +25,11 @@ from typing import Any, NamedTuple
 
 from absl import flags, logging
 
-from trainer import command, config, lease, plan, storage, task, tuning_figure
+from trainer import cli, config
+from trainer.artifacts.job_dir import JobDir
 from trainer.errors import UserError
+from trainer.reporting import plots
+from trainer.storage import files, lock
 
 # Flag -> (lowest, highest, whether on a logarithmic scale), or the values to choose from. deploy/ tunes the same.
 SPACE: dict[str, tuple] = {
@@ -35,13 +39,29 @@ SPACE: dict[str, tuple] = {
     "label_smoothing": (0.0, 0.2, False),
     "batch_size": (16, 32, 64),
 }
+
+
 CHOICES = {"batch_size"}
+
+
 SCALES = {name: "log" if name not in CHOICES and space[2] else "linear" for name, space in SPACE.items()}
+
+
 STARTUP_TRIALS = 5  # that are drawn at random and never ended early: what the others are judged by
+
+
 EPOCHS_WITHOUT_JUDGEMENT = 2  # of every trial: the first ones say little
+
+
 MAX_FAILURES = 3  # in a row
+
+
 SECONDS_BETWEEN_LOOKS = 0.5
+
+
 PROGRAM = (sys.executable, "-m", "trainer.task")
+
+
 OWN_FLAGS = {"trials", "tune", "job_dir", "data_dir", "cache_dir", "model_dir", "tensorboard_dir", "flagfile"}
 
 
@@ -55,7 +75,8 @@ class Outcome(NamedTuple):
 
 def define_flags() -> None:
     """Those of trainer.task, and how much to try."""
-    task.define_flags()
+    config.define_flags()
+    flags.adopt_module_key_flags(config)
     flags.DEFINE_integer("trials", 20, "How many trials the study has in the end.", lower_bound=1)
     flags.DEFINE_list(
         "tune", [], f"The flags to try values of: {', '.join(SPACE)}. Default: those that have an effect."
@@ -66,10 +87,10 @@ def main(arguments: list[str]) -> int:
     """Runs the study that the flags describe; returns its exit code."""
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --name=value.")
-    command.require("data_dir", "job_dir")
+    cli.require("data_dir", "job_dir")
     values = flags.FLAGS
     directory = values.job_dir.rstrip("/")
-    if storage.is_remote(directory):
+    if files.is_remote(directory):
         raise UserError(
             f"--job_dir={directory}: a study of this machine needs a local folder; see deploy/ for clusters."
         )
@@ -77,7 +98,7 @@ def main(arguments: list[str]) -> int:
     names = _names_to_tune(values.tune, given, head_epochs=values.head_epochs, epochs=values.epochs)
     fixed = {name: value for name, value in given.items() if name not in names}
     os.makedirs(f"{directory}/trials", exist_ok=True)
-    with lease.hold(directory):
+    with lock.hold(directory):
         return Tuner(directory, values.data_dir, names, fixed).run(values.trials)
 
 
@@ -131,7 +152,7 @@ class Tuner:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._take_up_interrupted()
+        self._resume_interrupted()
         failures = 0
         with tqdm(total=trials, initial=len(self._done()), unit="trial", disable=not sys.stderr.isatty()) as bar:
             while len(self._done()) < trials and not self._is_stopped:
@@ -139,7 +160,7 @@ class Tuner:
                 outcome = self._run_trial(trial)
                 if self._is_stopped:
                     break  # the trial stays open in study.log, to be taken up again
-                self._tell(trial, outcome)
+                self._record(trial, outcome)
                 failures = failures + 1 if outcome.state == "FAIL" else 0
                 if failures == MAX_FAILURES or (failures and not self._done()):
                     raise UserError(
@@ -149,8 +170,8 @@ class Tuner:
                 bar.set_postfix_str(f"best val_accuracy {self._study.best_value:.4f}" if self._done() else "")
         if self._is_stopped:
             logging.warning("Stopped. The same command goes on from here.")
-            return command.EXIT_STOPPED
-        self._say_best()
+            return cli.EXIT_STOPPED
+        self._print_best()
         return 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -158,7 +179,7 @@ class Tuner:
         if self._job:
             self._job.send_signal(signal.SIGTERM)  # it saves, and so goes on from there the next time
 
-    def _take_up_interrupted(self) -> None:
+    def _resume_interrupted(self) -> None:
         """Puts what a stopped study left open first in the queue again, with the job_dir that it has."""
         optuna = _optuna()
         for trial in self._study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
@@ -196,14 +217,14 @@ class Tuner:
                 if trial.should_prune() and not is_pruned:
                     is_pruned = True
                     self._job.send_signal(signal.SIGTERM)
-        best = storage.read_json(f"{folder}/metrics.json")
+        best = JobDir(folder).read_metrics()
         if best:
             return Outcome("COMPLETE", best["val_accuracy"])
-        if is_pruned and self._job.returncode == command.EXIT_STOPPED:
+        if is_pruned and self._job.returncode == cli.EXIT_STOPPED:
             return Outcome("PRUNED", None)
         return Outcome("FAIL", None, _last_line(f"{folder}.log"))
 
-    def _tell(self, trial: Any, outcome: Outcome) -> None:
+    def _record(self, trial: Any, outcome: Outcome) -> None:
         state = _optuna().trial.TrialState[outcome.state]
         self._study.tell(trial, outcome.val_accuracy, state=state)
         values = ", ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
@@ -224,19 +245,19 @@ class Tuner:
             reached = max([trial.value or 0, *trial.intermediate_values.values()])
             epochs = len(trial.intermediate_values)
             writer.writerow([trial.number, trial.state.name, f"{reached:.6g}", epochs, *values, self._folder(trial)])
-        storage.write_whole(f"{self._directory}/trials.csv", text.getvalue())
+        files.atomic_write(f"{self._directory}/trials.csv", text.getvalue())
         if any(trial.state.name == "COMPLETE" for trial in self._done()):
             best = self._study.best_trial
             lines = [f"--{name}={value}\n" for name, value in {**self._fixed, **best.params}.items()]
-            storage.write_whole(f"{self._directory}/best.flags", "".join(lines))
-            tuning_figure.draw(f"{self._directory}/tuning.png", self._done(), names, SCALES)
+            files.atomic_write(f"{self._directory}/best.flags", "".join(lines))
+            plots.write_study(f"{self._directory}/tuning.png", self._done(), names, SCALES)
 
-    def _say_best(self) -> None:
+    def _print_best(self) -> None:
         best = self._study.best_trial
         print(f"best val_accuracy {best.value:.4f} (trial {best.number} of {len(self._done())})")
-        print(f"picture: {self._directory}/tuning.png; model: {self._folder(best)}/saved_model")
+        print(f"picture: {self._directory}/tuning.png; model: {JobDir(self._folder(best)).saved_model}")
         words = f"--flagfile={self._directory}/best.flags", f"--data_dir={self._data_dir}", "--job_dir=job"
-        print("train with it: " + plan.shell_line("python", "-m", "trainer.task", *words), flush=True)
+        print("train with it: " + shlex.join(["python", "-m", "trainer.task", *words]), flush=True)
 
 
 def _optuna() -> ModuleType:
@@ -257,7 +278,7 @@ def _distribution(name: str) -> Any:
 
 def _read_metrics(path: str) -> list[tuple[int, float]]:
     """(epoch, val_accuracy) of each epoch that a trial has told so far; it may be writing at this moment."""
-    contents = storage.read(path) or b""
+    contents = files.read(path) or b""
     rows = []
     for line in contents.decode().splitlines(keepends=True):
         if line.endswith("\n") and "val_accuracy" in (row := json.loads(line)):
@@ -266,9 +287,9 @@ def _read_metrics(path: str) -> list[tuple[int, float]]:
 
 
 def _last_line(path: str) -> str:
-    lines = (storage.read(path) or b"").decode(errors="replace").split("\n")
+    lines = (files.read(path) or b"").decode(errors="replace").split("\n")
     return next((line for line in lines if line.startswith("error:")), next((x for x in reversed(lines) if x), ""))
 
 
 if __name__ == "__main__":
-    command.run(main, define_flags=define_flags)
+    cli.run(main, define_flags=define_flags)

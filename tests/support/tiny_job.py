@@ -1,0 +1,36 @@
+"""The whole job of trainer.task on a network of four layers, so that tests can start it often.
+
+python tiny_job.py --data_dir=D --job_dir=J [any flag of trainer.task]
+"""
+
+import os
+
+from trainer import cli, config, task
+from trainer.config import Config
+
+
+def build(*, num_classes, image_size, weights, head, precision, seed, batch_norm="auto"):
+    """A network with the arguments of models.resnet.build; `weights` and `head` are ignored."""
+    import keras
+
+    from trainer.models import resnet
+
+    keras.utils.set_random_seed(seed)
+    keras.config.set_dtype_policy(precision)
+    inputs = keras.Input([image_size, image_size, 3])
+    x = keras.layers.Conv2D(8, 5, strides=4, use_bias=False, name="convolution")(inputs)
+    norm = keras.layers.BatchNormalization(momentum=0.9, synchronized=True, name="norm")
+    norm.trainable = batch_norm != "frozen"
+    x = keras.layers.GlobalAveragePooling2D(dtype="float32", name="features")(keras.layers.ReLU()(norm(x)))
+    keras.config.set_dtype_policy("float32")
+    return resnet.with_head(keras.Model(inputs, x), num_classes)
+
+
+def main(arguments: list[str]) -> int:
+    """As trainer.task.main, but for the network."""
+    values = cli.flag_values(config.DEFAULTS)
+    return task.run(task.with_environment(Config(**values), os.environ), build_network=build)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags=task.define_flags)

@@ -1,0 +1,244 @@
+"""The files and folders in a job_dir: their names, their columns, and how they are written. Each file is atomic.
+
+No other module spells a name in a job_dir. Imports no Keras, so that a command can look into a job_dir at once.
+Shapes: N images, C classes.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.artifacts.metrics import top_class
+from trainer.data import splits
+from trainer.data.dataset import Examples, Split
+from trainer.data.listing import BadFile
+from trainer.errors import UserError
+from trainer.storage import files
+
+HISTORY_COLUMNS = (
+    "epoch",
+    "stage",
+    "loss",
+    "accuracy",
+    "val_loss",
+    "val_accuracy",
+    "learning_rate",
+    "seconds",
+    "images_per_second",
+)
+TIME_COLUMNS = (
+    "epoch",
+    "stage",
+    "input_wait_seconds",
+    "compute_seconds",
+    "validation_seconds",
+    "saving_seconds",
+    "images_per_second",
+    "ceiling_images_per_second",
+)
+PREDICTION_COLUMNS = ("path", "label", "predicted", "probability", "label_probability")
+BAD_FILE_COLUMNS = ("path", "reason")
+PAGE_NAME = "index.html"  # of a report
+DEFAULT_NAME = "demo_job"  # the job_dir of a run without --data_dir and --job_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class JobDir:
+    """The paths in one job_dir, or in the report_dir of trainer.evaluate; local or gs://."""
+
+    root: str
+
+    def _path(self, name: str) -> str:
+        return files.join(self.root, name)
+
+    @property
+    def config(self) -> str:
+        """Every flag, what `auto` became, the package versions. Marks a run that began."""
+        return self._path("config.json")
+
+    @property
+    def split(self) -> str:
+        """Path, label, side and content hash of each image."""
+        return self._path("split.csv")
+
+    @property
+    def labels(self) -> str:
+        """The class names, one per line, in the order of the network's outputs."""
+        return self._path("labels.txt")
+
+    @property
+    def bad_files(self) -> str:
+        """Path and reason of each file that was left out."""
+        return self._path("bad_files.csv")
+
+    @property
+    def history(self) -> str:
+        """One row per epoch: HISTORY_COLUMNS."""
+        return self._path("history.csv")
+
+    @property
+    def time(self) -> str:
+        """Where the time of each epoch went: TIME_COLUMNS."""
+        return self._path("time.csv")
+
+    @property
+    def predictions(self) -> str:
+        """What the best weights predict for each validation image: PREDICTION_COLUMNS."""
+        return self._path("predictions.csv")
+
+    @property
+    def heatmaps(self) -> str:
+        """Grad-CAM heat maps of the images that the report shows."""
+        return self._path("gradcam.json")
+
+    @property
+    def metrics(self) -> str:
+        """The metrics of the best weights; written last."""
+        return self._path("metrics.json")
+
+    @property
+    def best_weights(self) -> str:
+        """The weights of the best epoch so far."""
+        return self._path("best.weights.h5")
+
+    @property
+    def checkpoints(self) -> str:
+        """Folder of all that a resume needs: checkpoints, features, the lock."""
+        return self._path("checkpoints")
+
+    @property
+    def saved_model(self) -> str:
+        """Default folder of the SavedModel."""
+        return self._path("saved_model")
+
+    @property
+    def exports(self) -> str:
+        """Folder of the model in other formats than SavedModel."""
+        return self._path("exports")
+
+    @property
+    def logs(self) -> str:
+        """Default folder of the TensorBoard logs."""
+        return self._path("logs")
+
+    @property
+    def report(self) -> str:
+        """Folder of the report."""
+        return self._path("report")
+
+    @property
+    def report_page(self) -> str:
+        """The page of the report."""
+        return files.join(self.report, PAGE_NAME)
+
+    @property
+    def model_card(self) -> str:
+        """The model card; the last file of a finished run."""
+        return self._path("model_card.md")
+
+    @property
+    def demo_images(self) -> str:
+        """Folder of the demo set, which a run without --data_dir draws."""
+        return self._path("demo_pictures")
+
+    def checkpoint(self, number: int) -> str:
+        """The checkpoint of that number."""
+        return files.join(self.checkpoints, f"{number:06d}.npz")
+
+    def checkpoint_numbers(self) -> list[int]:
+        """Numbers of the checkpoints, oldest first."""
+        names = files.list_names(self.checkpoints)
+        stems = [name.removesuffix(".npz") for name in names if name.endswith(".npz")]
+        return sorted(int(stem) for stem in stems if stem.isdigit())
+
+    def has_progress(self) -> bool:
+        """Whether a run has left checkpoints, damaged ones included, weights or metrics."""
+        names = files.list_names(self.checkpoints)
+        if any(name.split(".")[0].isdigit() for name in names):
+            return True
+        return files.exists(self.best_weights) or files.exists(self.metrics)
+
+    def remove_partial_files(self) -> None:
+        """Deletes what killed writers left. Only the process that holds the lock may call it."""
+        for directory in (self.root, self.checkpoints, self.report):
+            files.remove_partial_files(directory)
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The value in config.json, None where no run began."""
+        return files.read_json(self.config)
+
+    def write_config(self, value: dict[str, Any]) -> None:
+        """Writes config.json."""
+        files.write_json(self.config, value)
+
+    def read_metrics(self) -> dict[str, Any] | None:
+        """The value in metrics.json, None for a run that is not finished."""
+        return files.read_json(self.metrics)
+
+    def write_metrics(self, value: dict[str, Any]) -> None:
+        """Writes metrics.json."""
+        files.write_json(self.metrics, value)
+
+    def write_split(self, split: Split, class_names: tuple[str, ...]) -> None:
+        """Writes split.csv and labels.txt."""
+        text = io.StringIO()
+        splits.write_split(text, split, class_names)
+        files.atomic_write(self.split, text.getvalue())
+        write_class_names(self.labels, class_names)
+
+    def read_class_names(self) -> tuple[str, ...]:
+        """The class names in labels.txt. Raises UserError if the file is missing."""
+        contents = files.read(self.labels)
+        if contents is None:
+            raise UserError(f"{self.labels}, which names the classes, does not exist: restore it, or train again.")
+        return tuple(contents.decode().removesuffix("\n").split("\n"))
+
+    def write_bad_files(self, bad_files: Iterable[BadFile]) -> None:
+        """Writes bad_files.csv."""
+        files.atomic_write(self.bad_files, _csv_text(BAD_FILE_COLUMNS, bad_files))
+
+    def write_history(self, rows: list[dict[str, Any]]) -> None:
+        """Writes history.csv, one row per epoch."""
+        files.atomic_write(
+            self.history, _csv_text(HISTORY_COLUMNS, ([row[c] for c in HISTORY_COLUMNS] for row in rows))
+        )
+
+    def write_times(self, rows: list[dict[str, Any]]) -> None:
+        """Writes time.csv, seconds to the millisecond."""
+        values = [[row[c] if c in ("epoch", "stage") else round(row[c], 3) for c in TIME_COLUMNS] for row in rows]
+        files.atomic_write(self.time, _csv_text(TIME_COLUMNS, values))
+
+    def write_predictions(self, examples: Examples, probabilities: np.ndarray, class_names: tuple[str, ...]) -> None:
+        """Writes predictions.csv, one row per labelled image; `probabilities` float32 [N, C]."""
+        predicted, confidence = top_class(probabilities)
+        of_label = probabilities[np.arange(len(examples)), examples.labels]
+        rows = [
+            (path, class_names[label], class_names[guess], f"{top:.6g}", f"{own:.6g}")
+            for path, label, guess, top, own in zip(
+                examples.paths, examples.labels, predicted, confidence, of_label, strict=True
+            )
+        ]
+        files.atomic_write(self.predictions, _csv_text(PREDICTION_COLUMNS, rows))
+
+    def write_heatmaps(self, epoch: int | None, heatmaps: dict[str, np.ndarray]) -> None:
+        """Writes gradcam.json: heat maps uint8 [h, w] by image path, of the network after `epoch` (None: an evaluation)."""
+        values = {"epoch": epoch, "maps": {path: heatmap.tolist() for path, heatmap in heatmaps.items()}}
+        files.atomic_write(self.heatmaps, json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def write_class_names(path: str, class_names: Iterable[str]) -> None:
+    """Writes a labels.txt: one class name per line, in the order of the network's outputs."""
+    files.atomic_write(path, "".join(f"{name}\n" for name in class_names))
+
+
+def _csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()

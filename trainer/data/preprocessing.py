@@ -1,0 +1,117 @@
+"""From the bytes of a picture to what the network sees: one way for training, evaluation and serving.
+
+Shapes: B pictures, S pixels to a side.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.data import decoders
+
+# Means of ImageNet's training pictures, blue, green, red: Keras' ResNet50 weights were trained on pictures less these
+# (the "caffe" mode of keras.applications.imagenet_utils.preprocess_input).
+IMAGENET_BGR_MEANS = (103.939, 116.779, 123.68)
+
+
+def decode_image(contents: tf.Tensor, image_size: int, *, with_webp: bool = True) -> tf.Tensor:
+    """The picture upright as uint8 [S, S, 3], RGB, squeezed to a square, from the bytes of a file of any kind we read.
+
+    JPEG, PNG, GIF (first frame), BMP, WebP, by content; what shines through is laid on white (see decoders).
+    A JPEG of twice the size or more is decoded at a half, quarter or eighth of it, which libjpeg does at a fraction of
+    the cost; what was more than twice as large is averaged down (area), the rest is bilinear.
+    Raises tf.errors.InvalidArgumentError when run on anything else, or on a header that claims too many pixels.
+    """
+    return _resize_decoded(decoders.decode(contents, image_size, with_webp=with_webp), image_size)
+
+
+def decode_jpeg_image(contents: tf.Tensor, image_size: int) -> tf.Tensor:
+    """As `decode`, of a JPEG alone: the same picture by a small graph."""
+    return _resize_decoded(decoders.decode_jpeg(contents, image_size), image_size)
+
+
+def resize(pixels: tf.Tensor, image_size: int, *, is_reduced: tf.Tensor | bool = False) -> tf.Tensor:
+    """Pictures uint8 [..., h, w, 3] squeezed to squares, uint8 [..., S, S, 3]; `is_reduced`: they were larger before."""
+    is_large = is_reduced | (tf.reduce_min(tf.shape(pixels)[-3:-1]) > 2 * image_size)
+    size = [image_size, image_size]
+    resized = tf.cond(is_large, lambda: _resize_by_area(pixels, size), lambda: tf.image.resize(pixels, size))
+    return tf.cast(tf.round(resized), tf.uint8)  # both ways to resize average, so nothing leaves 0 to 255
+
+
+@decoders.rarely_used
+def _resize_by_area(pixels: tf.Tensor, size: list[int]) -> tf.Tensor:
+    return tf.image.resize(pixels, size, method="area")  # half the CPU time of antialias=True
+
+
+def _resize_decoded(decoded: decoders.Decoded, image_size: int) -> tf.Tensor:
+    image = decoded.pixels
+    image.set_shape([None, None, 3])
+    resized = resize(image, image_size, is_reduced=decoded.is_reduced)
+    # A square turned after the squeeze is the picture squeezed after the turn, and it is the smaller one to turn.
+    return tf.ensure_shape(decoders.apply_orientation(resized, decoded.orientation), [image_size, image_size, 3])
+
+
+def preprocess(images: tf.Tensor, preprocessing: str) -> tf.Tensor:
+    """What the network takes, float32 [B, S, S, 3], from RGB of 0 to 255, any number type, same shape.
+
+    `imagenet`: blue, green, red, less the means of ImageNet, as Keras' weights expect. `rescale`: times 1/255.
+    """
+    images = tf.cast(images, tf.float32)
+    if preprocessing == "rescale":
+        return images * (1 / 255)
+    return tf.reverse(images, [-1]) - tf.constant(IMAGENET_BGR_MEANS)
+
+
+NUM_AUGMENTATION_DRAWS = 8
+
+
+# Share of the picture's area; Inception's 0.08 (arXiv:1409.4842) is for a million pictures, not a folder.
+MIN_CROP_AREA = 0.5
+
+
+# How far from 1 the factors go: what cameras and light differ by; what is seen stays what it is. Hue is left alone, since
+# colour tells many classes apart.
+BRIGHTNESS, SATURATION, CONTRAST = 0.2, 0.3, 0.2
+
+
+LUMA = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601, as JPEG
+
+
+def augmentation_draws(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    """Uniform random numbers in [0, 1) for `augment`, float32 [N, NUM_AUGMENTATION_DRAWS]: a function of (seed, epoch)."""
+    generator = np.random.default_rng([seed, epoch, 1])  # 1: another stream than that of the order
+    return generator.random((num_examples, NUM_AUGMENTATION_DRAWS), np.float32)
+
+
+def augment(images: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+    """Each picture cropped, flipped and recoloured by its own draws: float32 [B, S, S, 3] of 0 to 255 from uint8.
+
+    `draws` is float32 [B, NUM_AUGMENTATION_DRAWS], uniform in [0, 1): area, proportions, position (2), flip, brightness,
+    saturation, contrast. The result depends on nothing else, so a picture meets the same change whichever worker or
+    restart handles it.
+    """
+    area = MIN_CROP_AREA + (1 - MIN_CROP_AREA) * draws[:, 0]
+    proportions = tf.exp(tf.math.log(4 / 3) * (2 * draws[:, 1] - 1))  # width to height, 3:4 to 4:3
+    height = tf.minimum(tf.sqrt(area / proportions), 1.0)
+    width = tf.minimum(tf.sqrt(area * proportions), 1.0)
+    top, left = draws[:, 2] * (1 - height), draws[:, 3] * (1 - width)
+    is_flipped = draws[:, 4] < 0.5
+    left, right = tf.where(is_flipped, left + width, left), tf.where(is_flipped, left, left + width)
+    boxes = tf.stack([top, left, top + height, right], axis=1)  # [B, 4]; right < left flips
+    shape = tf.shape(images)
+    cropped = tf.image.crop_and_resize(images, boxes, tf.range(shape[0]), shape[1:3])
+    return tf.ensure_shape(_adjust_colors(cropped, draws[:, 5:8]), images.shape)
+
+
+def _adjust_colors(images: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+    """Brightness, saturation and contrast at once, since all are linear: a 3 x 3 matrix and an offset per picture."""
+    factors = 1 + tf.constant([BRIGHTNESS, SATURATION, CONTRAST]) * (2 * draws - 1)  # [B, 3]
+    brightness, saturation, contrast = (factors[:, i, None, None] for i in range(3))
+    grey = tf.constant(LUMA)[:, None] * tf.ones([1, 3])  # maps RGB to its luma, three times
+    matrix = brightness * contrast * (saturation * tf.eye(3) + (1 - saturation) * grey)  # [B, 3, 3]
+    shape = tf.shape(images)
+    flat = tf.reshape(images, [shape[0], -1, 3])  # [B, S*S, 3]
+    mean_luma = tf.reduce_sum(
+        tf.reduce_mean(flat, axis=1, keepdims=True) * tf.constant(LUMA), -1, keepdims=True
+    )  # [B, 1, 1]
+    changed = tf.linalg.matmul(flat, matrix) + brightness * (1 - contrast) * mean_luma
+    return tf.reshape(tf.clip_by_value(changed, 0.0, 255.0), shape)

@@ -1,0 +1,136 @@
+"""tfds:NAME and tfds:NAME@DIR: the pictures of a TensorFlow Dataset, laid out as a folder with their own names and split.
+
+As files, because all that works on a folder then works on them too: the split by content, the data doctor, packing.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from absl import logging
+
+from trainer import cli
+from trainer.data import listing
+from trainer.errors import UserError
+from trainer.storage import files
+
+PREFIX = "tfds:"
+
+
+_VALIDATION_SPLITS = ("validation", "valid", "val")
+
+
+_NAME_FEATURES = ("image/filename", "file_name", "filename", "image_name")
+
+
+@contextlib.contextmanager
+def as_folder(data_dir: str) -> Iterator[str]:
+    """`data_dir` itself; of tfds:NAME a temporary folder with its pictures, for the block. Raises as lay_out."""
+    if not data_dir.startswith(PREFIX):
+        yield data_dir
+        return
+    with tempfile.TemporaryDirectory() as parent:
+        directory = os.path.join(parent, "pictures")
+        write_folder(data_dir, directory)
+        yield directory
+
+
+def write_folder(address: str, directory: str) -> None:
+    """Writes the encoded pictures of `address` to directory/CLASS/, or below train/ and val/ if the dataset has both.
+
+    Does nothing if the folder is there. Raises UserError if the dataset is not prepared and cannot be downloaded, or is
+    not one of pictures with one label each.
+    """
+    if os.path.isdir(directory):
+        return
+    if address.removeprefix(PREFIX).startswith("@") or address == PREFIX:
+        raise UserError(f"--data_dir={address} names no dataset: write tfds:NAME, or tfds:NAME@DIR.")
+    # In a process of its own: reading with TensorFlow here would keep a job of several hosts from being set up.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        for line in process.submit(_write_folder, address, directory).result():
+            logging.info("%s: %s", address, line)
+
+
+def _write_folder(address: str, directory: str) -> list[str]:
+    cli.import_tensorflow()
+    name, _, prepared_dir = address.removeprefix(PREFIX).partition("@")
+    with contextlib.ExitStack() as stack:
+        if files.is_remote(prepared_dir):
+            short_name = name.split("/")[0].split(":")[0]
+            remote = files.join(prepared_dir, short_name)
+            local_dir = stack.enter_context(tempfile.TemporaryDirectory())
+            if files.list_names(remote):
+                from trainer.storage import gcs
+
+                gcs.download_tree(remote, os.path.join(local_dir, short_name))
+            builder = _builder(name, local_dir, address, prepared_dir)
+        else:
+            builder = _builder(name, prepared_dir, address, prepared_dir)
+        with files.atomic_directory(directory) as temporary:
+            return _write(builder, address, temporary)
+
+
+def _builder(name: str, data_dir: str, address: str, prepared_dir: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    where = prepared_dir or "DIR"
+    how = f"prepare it where there is a network: `tfds build {name} --data_dir={where}`, then --data_dir=tfds:{name}@{where}"
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+        if not builder.is_prepared() and not data_dir:
+            builder.download_and_prepare()
+    except Exception as error:  # of an unknown name, no network, a missing extra of TFDS: each has its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--data_dir={address} is not prepared and cannot be downloaded ({reason}): {how}.") from None
+    if not builder.is_prepared():
+        raise UserError(f"--data_dir={address} is not prepared there: {how}.")
+    return builder
+
+
+def _write(builder: Any, address: str, directory: str) -> list[str]:
+    """Writes the pictures; returns what is to be told of it."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    if len(images) != 1 or len(labels) != 1:
+        raise UserError(
+            f"--data_dir={address} has {len(images)} pictures and {len(labels)} labels an example, not 1 and 1."
+        )
+    names = [key for key in _NAME_FEATURES if key in features]
+    splits = _splits(list(builder.info.splits), address)
+    left_out = sorted(set(builder.info.splits) - set(splits))
+    class_names = [name.replace("/", "_") for name in features[labels[0]].names]
+    for split, side in splits.items():
+        dataset = builder.as_dataset(
+            split=split,
+            decoders={images[0]: tfds.decode.SkipDecoding()},
+            read_config=tfds.ReadConfig(add_tfds_id=True),
+        )
+        for example in dataset.as_numpy_iterator():
+            class_name = class_names[int(example[labels[0]])]
+            if listing.is_ignored(class_name):
+                raise UserError(
+                    f"--data_dir={address} has a class {class_name!r}, a name that folders may not have here."
+                )
+            own_name = (example[names[0]] if names else example["tfds_id"]).decode()
+            folder = os.path.join(directory, side, class_name)
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, own_name.replace("/", "_")), "xb") as file:
+                file.write(example[images[0]])
+    return [f"split {split} read" for split in splits] + [f"split {split} left out" for split in left_out]
+
+
+def _splits(names: list[str], address: str) -> dict[str, str]:
+    """The splits to read and the folder of each: train and validation if there are both, else train, to be split here."""
+    validation = [name for name in names if name in _VALIDATION_SPLITS]
+    if "train" not in names:
+        raise UserError(
+            f"--data_dir={address} has the splits {', '.join(names)}, none of them train: name another dataset."
+        )
+    return {"train": "train", validation[0]: "val"} if validation else {"train": ""}

@@ -1,0 +1,365 @@
+"""Training steps and inference passes on any number of replicas, with the same numbers on each number of them.
+
+Shapes: N examples, B in a global batch, R replicas, b of B in a replica, F features, C classes.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer.data.sampler import EpochPlan
+from trainer.errors import UserError
+from trainer.runtime.devices import Devices
+from trainer.training.checkpoint import name_variables
+
+
+class StopReason(enum.IntEnum):
+    """Why a worker asks to stop. Of several reasons on several workers the largest one counts."""
+
+    NONE = 0
+    COST_LIMIT = 1
+    SIGNAL = 2
+
+
+_NUM_STOP_REASONS = len(StopReason) - 1  # without NONE
+
+
+def _never_stop() -> StopReason:
+    return StopReason.NONE
+
+
+class TrainingLoop:
+    """Trains and evaluates `head` behind `backbone` (None: the examples are features already) on all replicas.
+
+    Batches are those of input_pipeline.batches. Create it after the networks and outside of any strategy scope.
+    """
+
+    def __init__(
+        self,
+        backbone: keras.Model | None,
+        head: keras.Model,
+        optimizer: keras.Optimizer,
+        *,
+        devices: Devices,
+        batch_size: int,
+        seed: int,
+        label_smoothing: float = 0.0,
+        dropout: float = 0.0,
+        jit_compile: bool = False,
+    ):
+        self.backbone, self.head, self.optimizer = backbone, head, optimizer
+        self._devices, self._batch_size, self._seed, self._dropout = devices, batch_size, seed, dropout
+        self._loss = keras.losses.CategoricalCrossentropy(True, label_smoothing, reduction=None)
+        networks = [network for network in (backbone, head) if network is not None]
+        self._trainable = [variable for network in networks for variable in network.trainable_variables]
+        with devices.strategy.scope():
+            optimizer.build(self._trainable)
+        # A constant learning rate is a variable too; it comes from the flags (or from half of them), not from a checkpoint.
+        state = [variable for variable in optimizer.variables if variable.name != "learning_rate"]
+        self.variables = {
+            **name_variables("network", [variable for network in networks for variable in network.variables]),
+            **name_variables("optimizer", state),
+        }
+        gradients = tf.function(self._gradients, jit_compile=True) if jit_compile else self._gradients
+        self._replica_step = lambda batch, stop: self._step(gradients, batch, stop)
+        self._train_steps = tf.function(self._steps, reduce_retracing=True)
+        self._infer: Callable | None = None
+
+    def trace(self, iterator: Iterator) -> None:
+        """Builds the graph of train_steps for such batches; without it, the first call does."""
+        self._train_steps.get_concrete_function(iterator, tf.constant(1), tf.constant(0))
+
+    def train_steps(self, iterator: Iterator, count: int, stop: StopReason = StopReason.NONE) -> "StepResults":
+        """Runs up to `count` steps; all workers end after the same step if any of them passes a reason to stop."""
+        rows, waited = self._train_steps(iterator, tf.constant(count), tf.constant(int(stop)))
+        return StepResults(rows.numpy().astype(np.float64), float(waited.numpy()))
+
+    def _steps(self, iterator: Iterator, count: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        rows = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3 + _NUM_STOP_REASONS])
+        is_stopped = tf.constant(False)
+        done, waited = tf.constant(0), tf.constant(0.0, tf.float64)
+        while done < count and not is_stopped:
+            batch, seconds = self._next_timed(iterator)
+            result = self._devices.strategy.run(self._replica_step, args=(batch, stop))
+            row = self._devices.strategy.experimental_local_results(result)[0]  # summed: the same on each replica
+            rows = rows.write(done, row)
+            is_stopped = tf.reduce_any(row[3:] > 0)
+            done, waited = done + 1, waited + seconds
+        return rows.stack(), waited
+
+    def _next_timed(self, iterator: Iterator) -> tuple[dict, tf.Tensor]:
+        """The next batch, and the seconds (float64) spent waiting for the input alone.
+
+        A graph has no order but the one it is given. The clock starts once the previous step is done: the loop's
+        condition needs its row, and the weights of the first layer, whose gradient comes last, have been updated.
+        """
+        with tf.control_dependencies([tf.convert_to_tensor(self._trainable[0])]):
+            started = tf.timestamp()
+        with tf.control_dependencies([started]):
+            batch = next(iterator)
+        local = (self._devices.strategy.experimental_local_results(value) for value in batch.values())
+        with tf.control_dependencies([part for parts in local for part in parts]):
+            return batch, tf.timestamp() - started
+
+    def _step(self, gradients: Callable, batch: dict[str, tf.Tensor], stop: tf.Tensor) -> tf.Tensor:
+        scale = self.optimizer.scale_loss(tf.constant(1.0))
+        loss, correct, grads = gradients(batch, self._dropout_factors(batch), scale)
+        row = tf.stack([loss, correct, tf.reduce_sum(batch["weight"])])
+        row = tf.concat([row, tf.one_hot(stop - 1, _NUM_STOP_REASONS)], 0)  # NONE becomes zeros
+        if self._devices.replicas > 1:
+            context = tf.distribute.get_replica_context()
+            *grads, row = context.all_reduce(tf.distribute.ReduceOp.SUM, [*grads, row])
+        self.optimizer.apply(grads, self._trainable)
+        return row
+
+    def _gradients(
+        self, batch: dict[str, tf.Tensor], dropout_factors: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, list]:
+        """This replica's part of the loss and of the correct predictions, and the gradients of the loss times `scale`."""
+        with tf.GradientTape() as tape:
+            features = self.backbone(batch["x"], training=True) if self.backbone else batch["x"]
+            logits = self.head(features * tf.cast(dropout_factors, features.dtype), training=True)
+            targets = tf.one_hot(batch["label"], logits.shape[-1])
+            # The weights sum to 1 over the global batch, so the sum of the replicas' parts is the mean.
+            loss = tf.reduce_sum(self._loss(targets, logits) * batch["loss_weight"])
+            scaled = loss * scale
+        is_correct = tf.argmax(logits, -1, tf.int32) == batch["label"]
+        correct = tf.reduce_sum(tf.cast(is_correct, tf.float32) * batch["weight"])
+        return loss, correct, tape.gradient(scaled, self._trainable)
+
+    def _dropout_factors(self, batch: dict[str, tf.Tensor]) -> tf.Tensor:
+        """Factors of the features, float32 [b, F], from seed, step and row alone; 1 without dropout.
+
+        A Keras Dropout layer keeps its random state to itself, one per replica and not in checkpoints. Here each replica
+        draws the noise of the whole global batch and takes its own rows. This stays outside of what XLA compiles, since
+        XLA draws other numbers from the same seed.
+        """
+        if not self._dropout:
+            return tf.constant(1.0)
+        seed = tf.stack([tf.constant(self._seed, tf.int64), batch["step"][0]])
+        noise = tf.random.stateless_uniform([self._padded_batch_size(), self.head.input_shape[-1]], seed)
+        is_kept = tf.gather(noise, batch["row"]) >= self._dropout
+        return tf.cast(is_kept, tf.float32) / (1 - self._dropout)
+
+    def _padded_batch_size(self) -> int:
+        return -(-self._batch_size // self._devices.replicas) * self._devices.replicas
+
+    def logits(
+        self, batches: Iterable, plan: EpochPlan, *, stop_requested: Callable[[], StopReason] = _never_stop
+    ) -> "ModelOutputs":
+        """Logits float32 [N, C] of one pass, on all replicas. Raises TrainingInterrupted as run_inference does."""
+        if self._infer is None:  # traced once, not in each epoch
+            backbone, head = self.backbone, self.head
+            network = (lambda x: head(backbone(x, training=False))) if backbone else head
+            self._infer = make_inference(network, self._devices)
+        return run_inference(self._infer, batches, plan, stop_requested=stop_requested)
+
+
+class StepResults(NamedTuple):
+    """Results of consecutive steps: float64 [steps, 3] of loss, correct predictions and weight, then one count per reason.
+
+    The counts say how many replicas asked to stop for each StopReason but NONE.
+    """
+
+    rows: np.ndarray
+    input_wait_seconds: float
+
+    @property
+    def stop_reason(self) -> StopReason:
+        """The most important reason to stop after the last step."""
+        asked = np.flatnonzero(self.rows[-1, 3:])
+        return StopReason(int(asked[-1]) + 1) if len(asked) else StopReason.NONE
+
+
+class ModelOutputs(NamedTuple):
+    """Of N examples in their order: float32 [N, width], and bool [N], false where the image could not be decoded."""
+
+    values: np.ndarray
+    is_readable: np.ndarray
+
+
+def make_inference(network: Callable[[tf.Tensor], tf.Tensor], devices: Devices) -> Callable:
+    """A compiled function (batch, stop) -> float32 [R * b, width + 2]: output, weight of the row, reason to stop."""
+
+    def replica_infer(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> tf.Tensor:
+        output = tf.cast(network(batch["x"]), tf.float32)
+        weight = batch["weight"][:, None]
+        output = tf.concat([output, weight, tf.fill(tf.shape(weight), stop)], axis=1)
+        if devices.replicas > 1:
+            output = tf.distribute.get_replica_context().all_gather(output, axis=0)
+        return output
+
+    @tf.function(reduce_retracing=True)
+    def infer(batch: Any, stop: tf.Tensor) -> tf.Tensor:
+        return devices.strategy.experimental_local_results(devices.strategy.run(replica_infer, args=(batch, stop)))[0]
+
+    return infer
+
+
+def run_inference(
+    infer: Callable,
+    batches: Iterable,
+    plan: EpochPlan,
+    *,
+    on_batch: Callable[[int], None] = lambda num_examples: None,
+    stop_requested: Callable[[], StopReason] = _never_stop,
+) -> ModelOutputs:
+    """Runs `infer` over one pass; `on_batch` gets the number of examples done.
+
+    Raises TrainingInterrupted after the batch in which any worker asked to stop.
+    """
+    num_examples = int(plan.weight.sum())
+    values, is_readable = None, np.zeros(num_examples, bool)
+    for step, batch in enumerate(batches):
+        output = infer(batch, tf.constant(float(stop_requested()))).numpy()
+        if output[:, -1].any():
+            raise TrainingInterrupted(StopReason(int(output[:, -1].max())))
+        is_real = plan.weight[step].reshape(-1) > 0
+        index = plan.index[step].reshape(-1)[is_real]
+        if values is None:
+            values = np.zeros((num_examples, output.shape[1] - 2), np.float32)
+        values[index] = output[is_real, :-2]
+        is_readable[index] = output[is_real, -2] > 0
+        on_batch(len(index))
+    if values is None:
+        raise ValueError("a pass without a batch")
+    return ModelOutputs(values, is_readable)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Validation:
+    """The result of a validation pass; unreadable images do not count. `probabilities` float32 [V, C]."""
+
+    loss: float
+    accuracy: float
+    probabilities: np.ndarray
+    is_readable: np.ndarray
+
+
+def evaluate_logits(outputs: ModelOutputs, labels: np.ndarray, label_smoothing: float) -> Validation:
+    """Loss and accuracy in float64 on the host, so that they do not depend on how replicas shared the images."""
+    logits, is_readable = outputs
+    if not is_readable.any():
+        raise UserError("No validation image can be decoded any more: check the files in --data_dir.")
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    num_classes = logits.shape[1]
+    of_label = log_probabilities[np.arange(len(labels)), labels]
+    losses = -(1 - label_smoothing) * of_label - label_smoothing / num_classes * log_probabilities.sum(axis=1)
+    is_correct = logits.argmax(axis=1) == labels
+    return Validation(
+        loss=float(losses[is_readable].mean()),
+        accuracy=float(is_correct[is_readable].mean()),
+        probabilities=np.exp(log_probabilities).astype(np.float32),
+        is_readable=is_readable,
+    )
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss of a step is not finite; `step` counts from 0 within the epoch."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(f"the loss is {loss}")
+        self.step = step
+
+
+class TrainingInterrupted(Exception):
+    """The job stops before its end, for the reason that any of the workers gave."""
+
+    def __init__(self, reason: StopReason):
+        super().__init__(f"interrupted: {reason.name}")
+        self.reason = reason
+
+
+class EpochTotals(NamedTuple):
+    """Sums over the steps of an epoch so far; all of them go into a checkpoint."""
+
+    steps: int = 0
+    loss: float = 0.0  # sum over the examples
+    correct: float = 0.0
+    examples: float = 0.0
+    seconds: float = 0.0  # of steps, waiting for input included; building the graph is not
+    input_wait_seconds: float = 0.0
+
+    def add(self, steps: StepResults, seconds: float) -> "EpochTotals":
+        """These totals with the results of TrainingLoop.train_steps added."""
+        loss, correct, weight = steps.rows[:, 0], steps.rows[:, 1], steps.rows[:, 2]
+        return EpochTotals(
+            self.steps + len(steps.rows),
+            self.loss + float((loss * weight).sum()),
+            self.correct + float(correct.sum()),
+            self.examples + float(weight.sum()),
+            self.seconds + seconds,
+            self.input_wait_seconds + steps.input_wait_seconds,
+        )
+
+
+class ProfileRange(NamedTuple):
+    """Steps of an epoch, counted from 1, both included, whose TensorFlow profile goes to a TensorBoard folder."""
+
+    directory: str
+    first: int
+    last: int
+
+    @property
+    def steps(self) -> int:
+        """Number of profiled steps; they run in one call of train_steps."""
+        return self.last - self.first + 1
+
+
+# Duration of one call of train_steps: short enough for a live progress line and for a signal to be noticed within half a
+# minute's notice, long enough that the host does not delay the device.
+SECONDS_PER_LOOP = 1.0
+
+
+def train_epoch(
+    loop: TrainingLoop,
+    batches: Iterable,
+    steps: int,
+    totals: EpochTotals,
+    *,
+    steps_per_loop: int,
+    stop_requested: Callable[[], StopReason],
+    after_steps: Callable[[EpochTotals, bool], None],
+    profile: ProfileRange | None = None,
+) -> EpochTotals:
+    """Runs an epoch from step `totals.steps` to its end. `steps_per_loop` 0 adapts to SECONDS_PER_LOOP.
+
+    `after_steps(totals, is_stopped)` is called after each call of train_steps. Raises NonFiniteLossError, and
+    TrainingInterrupted after the steps in which any worker asked to stop.
+    """
+    started = time.monotonic()
+    iterator = iter(batches)
+    startup = time.monotonic() - started  # of the input, before its first batch
+    totals = totals._replace(seconds=totals.seconds + startup, input_wait_seconds=totals.input_wait_seconds + startup)
+    loop.trace(iterator)
+    count = steps_per_loop or 1
+    while totals.steps < steps:
+        num_steps, profiling = min(count, steps - totals.steps), contextlib.nullcontext()
+        if profile and totals.steps + 1 == profile.first:
+            num_steps, profiling = profile.steps, tf.profiler.experimental.Profile(profile.directory)
+        elif profile and totals.steps + 1 < profile.first:
+            num_steps = min(num_steps, profile.first - 1 - totals.steps)
+        started = time.monotonic()
+        with profiling:
+            results = loop.train_steps(iterator, num_steps, stop_requested())
+        seconds = time.monotonic() - started
+        losses = results.rows[:, 0]
+        not_finite = np.flatnonzero(~np.isfinite(losses))
+        if len(not_finite):
+            raise NonFiniteLossError(totals.steps + int(not_finite[0]), float(losses[not_finite[0]]))
+        totals = totals.add(results, seconds)
+        reason = results.stop_reason
+        after_steps(totals, reason != StopReason.NONE)
+        if reason != StopReason.NONE:
+            raise TrainingInterrupted(reason)
+        if not steps_per_loop:
+            count = int(np.clip(count * SECONDS_PER_LOOP / max(seconds, 1e-3), 1, 2 * count))
+    return totals

@@ -1,0 +1,51 @@
+"""The Keras optimizer of a stage and its learning-rate schedule."""
+
+import dataclasses
+from typing import Any
+
+import keras
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a stage is trained; `learning_rate` is the peak of the schedule."""
+
+    optimizer: str
+    learning_rate: float
+    lr_schedule: str = "constant"
+    warmup_epochs: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    label_smoothing: float = 0.0
+    dropout: float = 0.0
+
+
+def make_optimizer(recipe: Recipe, *, epochs: int, steps_per_epoch: int, loss_scaling: bool) -> keras.Optimizer:
+    """The Keras optimizer of a recipe; `loss_scaling` is for float16, in which small gradients would underflow."""
+    kinds = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW, "sgd": keras.optimizers.SGD}
+    arguments: dict[str, float | None] = {"momentum": 0.9} if recipe.optimizer == "sgd" else {}
+    if recipe.weight_decay or recipe.optimizer != "adamw":  # AdamW has a default weight decay of its own
+        arguments["weight_decay"] = recipe.weight_decay or None
+    optimizer = kinds[recipe.optimizer](
+        learning_rate_schedule(recipe, epochs=epochs, steps_per_epoch=steps_per_epoch),
+        global_clipnorm=recipe.clip_norm or None,
+        **arguments,
+    )
+    # The loop sums the gradients of the replicas itself, so that clipping and the overflow test see the gradient of the
+    # global batch. Keras would apply both to the gradient of each replica and sum afterwards (keras 3.15).
+    optimizer._all_reduce_sum_gradients = list
+    return keras.optimizers.LossScaleOptimizer(optimizer) if loss_scaling else optimizer
+
+
+def learning_rate_schedule(recipe: Recipe, *, epochs: int, steps_per_epoch: int) -> Any:
+    """A number, or a Keras schedule over optimizer steps: linear warm-up, then constant or cosine."""
+    warmup_steps = round(recipe.warmup_epochs * steps_per_epoch)
+    if recipe.lr_schedule == "constant" and not warmup_steps:
+        return recipe.learning_rate
+    return keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup_steps else recipe.learning_rate,
+        max(1, epochs * steps_per_epoch - warmup_steps),
+        alpha=1.0 if recipe.lr_schedule == "constant" else 0.0,  # a cosine that ends where it began is constant
+        warmup_target=recipe.learning_rate if warmup_steps else None,
+        warmup_steps=warmup_steps,
+    )
