@@ -50,5 +50,5 @@ $(VENV)/.installed: setup.py constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
-	$(BIN)/python tests/get_kubectl.py $(BIN)/kubectl
+	$(BIN)/python tests/support/get_kubectl.py $(BIN)/kubectl
 	touch $@

@@ -5,8 +5,8 @@ import importlib.util
 import math
 
 import pytest
-from conftest import flags_of
 
+from tests.support.trainer_flags import flags_of
 from trainer import config, task
 from trainer.config import Config
 from trainer.errors import UserError

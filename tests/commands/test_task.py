@@ -1,0 +1,265 @@
+"""The job as a user runs it, with ResNet50 itself at a small size: what it leaves, and what the other commands make of it."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.images import write_images
+from tests.support.processes import run_command
+
+pytestmark = pytest.mark.slow
+
+FLAGS = ["--weights=none", "--image_size=32", "--head_epochs=0", "--epochs=2", "--batch_size=8", "--learning_rate=1e-3",
+         "--precision=float32", "--price_per_hour=3.6"]  # fmt: skip
+ODD = "<b>dog & $cat$"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data") / "pictures", {"cat": 15, ODD: 10, "it's": 10})
+
+
+@pytest.fixture(scope="module")
+def finished(images):
+    """A job_dir after a run, and what the run printed."""
+    job_dir = images.parent / "job"
+    answer = run_command("trainer.task", f"--data_dir={images}", f"--job_dir={job_dir}", *FLAGS)
+    assert answer.returncode == 0, answer.stderr
+    return job_dir, answer
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_what_the_design_lists(finished):
+    job_dir, _ = finished
+    assert sorted(path.name for path in job_dir.iterdir()) == sorted(
+        [
+            *(
+                "config.json",
+                "split.csv",
+                "labels.txt",
+                "history.csv",
+                "time.csv",
+                "metrics.json",
+                "best.weights.h5",
+                "checkpoints",
+            ),
+            *("saved_model", "report", "logs", "predictions.csv", "bad_files.csv"),
+            *("gradcam.json", "model_card.md"),
+        ]
+    )
+    names = ["accuracy", "val_accuracy", "loss", "val_loss", "confusion_matrix", "mistakes"]
+    for name in names:
+        with Image.open(job_dir / "report" / f"{name}.png") as image:
+            assert image.width >= 400
+            assert len(np.unique(np.asarray(image.convert("L")))) > 5, f"{name} is blank"
+    assert (job_dir / "report" / "index.html").exists()
+    assert (job_dir / "labels.txt").read_text() == f"{ODD}\ncat\nit's\n"
+
+
+def test_history_and_metrics_tell_the_same_story(finished):
+    job_dir, _ = finished
+    history = rows_of(job_dir / "history.csv")
+    metrics = json.loads((job_dir / "metrics.json").read_text())
+    assert list(history[0]) == [
+        *(
+            "epoch",
+            "stage",
+            "loss",
+            "accuracy",
+            "val_loss",
+            "val_accuracy",
+            "learning_rate",
+            "seconds",
+            "images_per_second",
+        ),
+    ]
+    assert [row["epoch"] for row in history] == ["1", "2"]
+    accuracies = [float(row["val_accuracy"]) for row in history]
+    assert metrics["val_accuracy"] == max(accuracies)
+    assert metrics["best_epoch"] == 1 + accuracies.index(max(accuracies))
+    assert (metrics["train_images"], metrics["validation_images"], metrics["bad_images"]) == (28, 7, 0)
+    assert (metrics["replicas"], metrics["workers"], metrics["precision"]) == (1, 1, "float32")
+    assert {name: scores["support"] for name, scores in metrics["per_class"].items()} == {"cat": 3, ODD: 2, "it's": 2}
+    assert metrics["cost"] == pytest.approx(metrics["seconds"] / 1000, abs=1e-3)
+    predictions = rows_of(job_dir / "predictions.csv")
+    right = sum(row["label"] == row["predicted"] for row in predictions)
+    assert right / len(predictions) == pytest.approx(metrics["val_accuracy"])
+
+
+def test_the_end_tells_report_model_and_a_command_that_works(finished):
+    job_dir, answer = finished
+    assert f"report: {job_dir}/report/index.html" in answer.stdout
+    assert f"model:  {job_dir}/saved_model" in answer.stdout
+    command = re.search(r"^try it: (.*)$", answer.stdout, re.MULTILINE)[1]
+    command = command.replace("python", sys.executable, 1)
+    shown = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "%" in shown.stdout
+
+
+SERVE_ALONE = """
+import sys, pathlib, json
+import tensorflow as tf
+model = tf.saved_model.load(sys.argv[1])
+contents = [pathlib.Path(path).read_bytes() for path in sys.argv[2:]]
+answer = model.signatures["serving_default"](bytes=tf.constant(contents))
+assert not any(name.split(".")[0] == "trainer" for name in sys.modules), "more than TensorFlow"
+assert b"_tf_keras" not in pathlib.Path(sys.argv[1], "saved_model.pb").read_bytes(), "Keras objects are saved"
+print(json.dumps({
+    "label": [label.decode() for label in answer["label"].numpy()],
+    "probability": answer["probability"].numpy().tolist(),
+    "probabilities": answer["probabilities"].numpy().tolist(),
+    "class_names": [n.decode() for n in model.signatures["class_names"]()["class_names"].numpy()],
+}))
+"""
+
+
+def test_savedmodel_alone_rebuilt_network_and_predictions_csv_say_the_same(finished, images, tmp_path):
+    job_dir, _ = finished
+    predictions = rows_of(job_dir / "predictions.csv")
+    paths = [images / row["path"] for row in predictions]
+    alone = subprocess.run(
+        [sys.executable, "-c", SERVE_ALONE, job_dir / "saved_model", *paths],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        cwd=tmp_path,
+    )
+    assert alone.returncode == 0, alone.stderr
+    served = json.loads(alone.stdout)
+    assert served["class_names"] == [ODD, "cat", "it's"]
+    assert served["label"] == [row["predicted"] for row in predictions]
+    np.testing.assert_allclose(served["probability"], [float(row["probability"]) for row in predictions], atol=1e-4)
+    output = tmp_path / "out.jsonl"
+    rebuilt = run_command("trainer.predict", f"--model_dir={job_dir}", f"--output={output}", *paths)
+    assert rebuilt.returncode == 0, rebuilt.stderr
+    assert "warning" not in rebuilt.stderr
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["path"] for answer in answers] == [str(path) for path in paths]
+    values = [[answer["probabilities"][name] for name in served["class_names"]] for answer in answers]
+    np.testing.assert_allclose(values, served["probabilities"], atol=1e-4)
+
+
+def test_predict_goes_on_over_bad_files_and_names_them(finished, images, tmp_path):
+    job_dir, _ = finished
+    (tmp_path / "a folder").mkdir()
+    for i, source in enumerate(sorted((images / "cat").iterdir())[:3]):
+        (tmp_path / "a folder" / f"{i}.jpg").write_bytes(source.read_bytes())
+    broken = bytearray((tmp_path / "a folder" / "1.jpg").read_bytes())
+    broken[100:-2] = bytes(len(broken) - 102)
+    (tmp_path / "a folder" / "broken.jpg").write_bytes(broken)
+    (tmp_path / "a folder" / "text.jpg").write_text("text")
+    output = tmp_path / "out.csv"
+    answer = run_command(
+        "trainer.predict", f"--model_dir={job_dir}/saved_model", f"--output={output}", tmp_path / "a folder"
+    )
+    assert answer.returncode == 0, answer.stderr
+    rows = rows_of(output)
+    assert [os.path.basename(row["path"]) for row in rows] == ["0.jpg", "1.jpg", "2.jpg", "broken.jpg", "text.jpg"]
+    assert [bool(row["error"]) for row in rows] == [False, False, False, True, True]
+    assert rows[3]["error"] == "truncated JPEG: its header is damaged"
+    assert rows[4]["error"] == "not a JPEG, PNG, GIF, BMP or WebP picture"
+    nothing = run_command("trainer.predict", f"--model_dir={job_dir}/saved_model", tmp_path / "a folder" / "text.jpg")
+    assert nothing.returncode == 2
+    assert "none of 1 files could be labelled" in nothing.stderr
+
+
+def test_evaluate_judges_a_labelled_folder_and_draws_the_report(finished, images, tmp_path):
+    job_dir, _ = finished
+    unseen = write_images(tmp_path / "unseen", {"cat": 6, "it's": 4}, seed=9)
+    answer = run_command(
+        "trainer.evaluate",
+        f"--model_dir={job_dir}/saved_model",
+        f"--data_dir={unseen}",
+        f"--report_dir={tmp_path / 'r'}",
+    )
+    assert answer.returncode == 0, answer.stderr
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    predictions = rows_of(tmp_path / "r" / "predictions.csv")
+    assert metrics["validation_images"] == len(predictions) == 10
+    assert metrics["val_accuracy"] == sum(row["label"] == row["predicted"] for row in predictions) / 10
+    assert (tmp_path / "r" / "index.html").exists()
+    write_images(tmp_path / "unseen", {"horse": 2})
+    answer = run_command(
+        "trainer.evaluate",
+        f"--model_dir={job_dir}/saved_model",
+        f"--data_dir={unseen}",
+        f"--report_dir={tmp_path / 'r'}",
+    )
+    assert answer.returncode == 2
+    assert "has the class 'horse', but the model knows" in answer.stderr
+
+
+def test_a_finished_run_says_so_and_trains_no_more(finished, images):
+    job_dir, _ = finished
+    before = (job_dir / "history.csv").read_bytes(), (job_dir / "best.weights.h5").stat().st_mtime_ns
+    answer = run_command("trainer.task", f"--data_dir={images}", f"--job_dir={job_dir}", *FLAGS)
+    assert answer.returncode == 0, answer.stderr
+    assert "is finished" in answer.stderr
+    assert ((job_dir / "history.csv").read_bytes(), (job_dir / "best.weights.h5").stat().st_mtime_ns) == before
+
+
+def test_a_job_dir_of_another_run_is_refused_and_left_alone(finished, images, tmp_path):
+    job_dir, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in job_dir.rglob("*")}
+    arguments = ["trainer.task", f"--job_dir={job_dir}", *FLAGS]
+    other_flags = run_command(*arguments, f"--data_dir={images}", "--learning_rate=5e-3")
+    other_pictures = run_command(*arguments, f"--data_dir={write_images(tmp_path, {'a': 20, 'b': 20})}")
+    not_resumed = run_command(*arguments, f"--data_dir={images}", "--noresume")
+    for answer, message in (
+        (other_flags, "learning_rate: 0.001 -> 0.005"),
+        (other_pictures, "are not those that the run"),
+        (not_resumed, "--noresume is set"),
+    ):
+        assert answer.returncode == 2, answer.stderr
+        assert message in answer.stderr
+    assert {path: path.stat().st_mtime_ns for path in job_dir.rglob("*")} == before
+
+
+def test_dry_run_tells_the_plan_and_writes_nothing(images, tmp_path):
+    answer = run_command("trainer.task", f"--data_dir={images}", f"--job_dir={tmp_path / 'j'}", *FLAGS, "--dry_run")
+    assert answer.returncode == 0, answer.stderr
+    for text in ("28 to train on, 7 to validate", "'cat': 12 + 3", "2 epochs of 4 steps", "23,593,859 parameters",
+                 f"{tmp_path}/j/saved_model", "--learning_rate=0.001", "float32"):  # fmt: skip
+        assert text in answer.stdout
+    assert not (tmp_path / "j").exists()
+
+
+def test_weights_that_do_not_fit_or_cannot_be_had_are_the_users_error(images, tmp_path):
+    (tmp_path / "w.weights.h5").write_text("text")
+    answer = run_command(
+        "trainer.task",
+        f"--data_dir={images}",
+        f"--job_dir={tmp_path / 'j'}",
+        *FLAGS[1:],
+        f"--weights={tmp_path}/w.weights.h5",
+    )
+    assert answer.returncode == 2, answer.stderr
+    assert "not a readable HDF5 weights file" in answer.stderr
+
+
+def test_the_articles_recipe_has_each_of_its_steps():
+    answer = run_command("trainer.task", "--help", "--flagfile=deploy/flags/article.flags")
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_a_head_on_real_pictures_learns_them(shared, tmp_path):
+    weights = shared / "weights" / "resnet50_imagenet_pruned_notop.weights.h5"
+    answer = run_command(
+        *("trainer.task", f"--data_dir={shared / 'data' / 'ten_objects'}", f"--weights={weights}"),
+        *(f"--job_dir={tmp_path / 'j'}", "--head_epochs=8", "--image_size=96"),
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads((tmp_path / "j" / "metrics.json").read_text())["val_accuracy"] > 0.85

@@ -1,0 +1,73 @@
+"""What the network sees is what it should see; how odd files decode is in test_pictures-like corpora."""
+
+import io
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from trainer.data.preprocessing import NUM_AUGMENTATION_DRAWS, augment, decode_image, preprocess
+
+
+def encoded(pixels: np.ndarray, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """A smooth colourful picture, uint8 [60, 90, 3]."""
+    y, x = np.mgrid[0:60, 0:90]
+    return np.stack([2 * x, 4 * y, 255 - x - y], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP"])
+def test_a_lossless_picture_of_the_right_size_comes_back_as_it_was(pixels, kind):
+    square = pixels[:60, :60]
+    np.testing.assert_array_equal(decode_image(tf.constant(encoded(square, kind)), 60), square)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("PNG", 3), ("JPEG", 8), ("GIF", 40)])
+def test_every_kind_is_squeezed_to_a_square_of_the_size_asked_for(pixels, kind, tolerance):
+    decoded = decode_image(tf.constant(encoded(pixels, kind)), 48).numpy()
+    expected = np.asarray(Image.fromarray(pixels).resize((48, 48), Image.Resampling.BILINEAR), int)
+    assert decoded.shape == (48, 48, 3)
+    assert decoded.dtype == np.uint8
+    assert np.abs(decoded - expected).mean() < tolerance
+
+
+def test_what_is_no_picture_is_refused():
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        decode_image(tf.constant(b"text"), 32)
+
+
+def test_preprocessing_for_imagenet_is_that_of_keras(pixels):
+    ours = preprocess(tf.constant(pixels[None]), "imagenet")
+    theirs = keras.applications.resnet50.preprocess_input(pixels[None].astype(np.float32))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_rescaling_is_that_of_the_article(pixels):
+    np.testing.assert_allclose(preprocess(tf.constant(pixels[None]), "rescale"), pixels[None] / 255, atol=1e-6)
+
+
+def test_augmentation_depends_on_each_pictures_own_draws_alone(pixels):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+    draws = rng.random((5, NUM_AUGMENTATION_DRAWS)).astype(np.float32)
+    together = augment(tf.constant(images), tf.constant(draws)).numpy()
+    alone = np.concatenate([augment(tf.constant(images[i : i + 1]), tf.constant(draws[i : i + 1])) for i in range(5)])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    assert together.min() >= 0
+    assert together.max() <= 255
+    assert np.abs(together - images).mean(axis=(1, 2, 3)).min() > 1
+
+
+def test_the_whole_picture_unflipped_and_of_the_same_brightness_is_left_as_it_is(pixels):
+    images = pixels[None, :48, :48]
+    draws = np.full((1, NUM_AUGMENTATION_DRAWS), 0.5, np.float32)
+    draws[0, 0] = 1.0  # all of the area
+    np.testing.assert_allclose(augment(tf.constant(images), tf.constant(draws)), images, atol=1e-2)

@@ -1,0 +1,338 @@
+"""The specifications in deploy/vertex: parsed into Vertex AI's own protos, submitted by its own clients, to loopback."""
+
+import copy
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from tests.support import trainer_flags
+from tests.support.paths import ROOT
+from trainer import serve, task
+from trainer.errors import UserError
+from trainer.runtime import cluster
+
+yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: pip install '.[dev]'")
+pytest.importorskip(
+    "google.cloud.aiplatform_v1", reason="google-cloud-aiplatform is not installed: pip install '.[dev]'"
+)
+
+from google.protobuf import json_format  # noqa: E402
+
+from tests.support import vertex_emulator as loopback_vertex  # noqa: E402 - after the check that its packages are there
+
+VERTEX = ROOT / "deploy" / "vertex"
+SPECS = sorted(path.name for path in VERTEX.glob("*.yaml"))
+MACHINES = {"one-gpu.yaml": 1, "eight-gpus.yaml": 1, "several-machines.yaml": 4, "spot.yaml": 1, "tuning.yaml": 1}
+# https://cloud.google.com/compute/docs/gpus: what each machine type carries
+ACCELERATORS = {"g2-standard-8": ("NVIDIA_L4", 1), "a2-highgpu-8g": ("NVIDIA_TESLA_A100", 8)}
+
+
+@pytest.fixture(scope="module")
+def submit():
+    module_spec = importlib.util.spec_from_file_location("submit", ROOT / "deploy" / "submit.py")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def names(submit):
+    return submit.read_settings((VERTEX / "settings.env").read_text(), {})
+
+
+def run_submit(*arguments, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "deploy/submit.py", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        check=False,
+    )
+
+
+def key_paths(value, path=()):
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield (*path, name)
+            yield from key_paths(item, (*path, name))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from key_paths(item, (*path, i))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_each_specification_is_a_proto_of_vertex_field_by_field(name, submit, names):
+    text = (VERTEX / name).read_text()
+    job = submit.parse(text, names, name)
+    fields = yaml.safe_load(string.Template(text).substitute(names))
+    parsed = json_format.MessageToDict(type(job).pb(job))
+    known = set(key_paths(parsed if "studySpec" in fields else parsed["jobSpec"]))
+    # gcloud takes camelCase only, and a field that is not there after parsing says nothing.
+    assert {path for path in key_paths(fields) if path not in known} <= {
+        *(("studySpec", "parameters", i, "doubleValueSpec", "minValue") for i in range(5)),  # 0 is not written
+    }
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_an_unknown_field_anywhere_is_refused(name, submit, names):
+    original = yaml.safe_load((VERTEX / name).read_text())
+    objects = {path[:-1] for path in key_paths(original) if isinstance(path[-1], str)}
+    assert len(objects) >= 7
+    for path in objects:
+        fields = copy.deepcopy(original)
+        target = fields
+        for step in path:
+            target = target[step]
+        target["unknownField"] = 1
+        with pytest.raises(UserError, match="unknownField"):
+            submit.parse(yaml.safe_dump(fields), names, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("one-gpu.yaml", "NVIDIA_L4", "NVIDIA_L5"),
+        ("one-gpu.yaml", "86400s", "24h"),
+        ("one-gpu.yaml", "replicaCount: 1", "replicaCount: one"),
+        ("one-gpu.yaml", "${IMAGE}", "${IMAGES}"),
+        ("one-gpu.yaml", "${IMAGE}", "$ IMAGE"),
+        ("one-gpu.yaml", "machineSpec:", "machineSpec: ["),
+        ("spot.yaml", "strategy: SPOT", "strategy: SPOTTY"),
+        ("tuning.yaml", "goal: MAXIMIZE", "goal: MAX"),
+        ("tuning.yaml", "scaleType: UNIT_LOG_SCALE", "scaleType: LOG"),
+    ],
+)
+def test_a_mistake_is_refused_in_one_line(name, old, new, submit, names):
+    text = (VERTEX / name).read_text()
+    assert old in text
+    with pytest.raises(UserError):
+        submit.parse(text.replace(old, new), names, name)
+
+
+def environments(job, spec) -> list[dict[str, str]]:
+    """What Vertex AI sets on each machine of the job.
+
+    https://cloud.google.com/vertex-ai/docs/training/distributed-training#cluster-variables
+    https://cloud.google.com/vertex-ai/docs/training/code-requirements#environment-variables
+    """
+    base = spec.base_output_directory.output_uri_prefix + ("" if hasattr(job, "job_spec") else "/7")  # a trial's number
+    folders = {
+        "AIP_MODEL_DIR": f"{base}/model/",
+        "AIP_CHECKPOINT_DIR": f"{base}/checkpoints/",
+        "AIP_TENSORBOARD_LOG_DIR": f"{base}/logs/",
+    }
+    pools = {
+        f"workerpool{number}": [f"cmle-training-workerpool{number}-abc-{i}:2222" for i in range(pool.replica_count)]
+        for number, pool in enumerate(spec.worker_pool_specs)
+    }
+    found = []
+    for pool, addresses in pools.items():
+        for i in range(len(addresses)):
+            cluster_spec = {"cluster": pools, "task": {"type": pool, "index": i}, "environment": "cloud"}
+            role = "chief" if pool == "workerpool0" else "worker"
+            tf_config = {
+                "cluster": {"chief": pools["workerpool0"], "worker": pools.get("workerpool1", [])},
+                "task": {"type": role, "index": i},
+            }
+            both = {"CLUSTER_SPEC": json.dumps(cluster_spec), "TF_CONFIG": json.dumps(tf_config)}
+            found += [folders | both, folders | {"CLUSTER_SPEC": both["CLUSTER_SPEC"]}]
+    return found
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_trainer_understands_what_each_specification_gives_it(name, submit, names):
+    job = submit.parse((VERTEX / name).read_text(), names, name)
+    pools = submit.custom_job_spec(job).worker_pool_specs
+    assert sum(pool.replica_count for pool in pools) == MACHINES[name]
+    assert pools[0].replica_count == 1, "Vertex AI takes one machine in the first pool"
+    for pool in pools:
+        machine = pool.machine_spec
+        assert ACCELERATORS[machine.machine_type] == (machine.accelerator_type.name, machine.accelerator_count)
+        assert pool.container_spec.args == pools[0].container_spec.args, "all workers must run the same job"
+        assert "--require_gpu" in pool.container_spec.args
+    settings = trainer_flags.parse(list(pools[0].container_spec.args))
+    everyone = environments(job, submit.custom_job_spec(job))
+    roles = [cluster.resolve(environment) for environment in everyone]
+    assert {role.workers for role in roles} == {MACHINES[name]}
+    assert sorted({role.index for role in roles}) == list(range(MACHINES[name]))
+    assert len({role.addresses for role in roles}) == 1
+    complete = task.with_environment(settings, everyone[0])
+    base = "gs://my-bucket/jobs/first" + ("/7" if name == "tuning.yaml" else "")
+    assert complete.job_dir == base
+    assert complete.model_dir == f"{base}/model"
+    assert settings.batch_size % sum(pool.machine_spec.accelerator_count * pool.replica_count for pool in pools) == 0
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("wrong", ["--epoch=5", "--epochs=many", "--optimizer=adamm"])
+def test_a_wrong_flag_anywhere_is_refused(name, wrong, submit, names):
+    for number in range(
+        len(submit.custom_job_spec(submit.parse((VERTEX / name).read_text(), names, name)).worker_pool_specs)
+    ):
+        job = submit.parse((VERTEX / name).read_text(), names, name)
+        submit.custom_job_spec(job).worker_pool_specs[number].container_spec.args.append(wrong)
+        with pytest.raises(flags.Error):
+            trainer_flags.parse(list(submit.custom_job_spec(job).worker_pool_specs[number].container_spec.args))
+
+
+def test_the_tuned_parameters_are_flags_and_their_bounds_are_allowed(submit, names):
+    job = submit.parse((VERTEX / "tuning.yaml").read_text(), names, "tuning.yaml")
+    (pool,) = job.trial_job_spec.worker_pool_specs
+    for end in (min, max):
+        values = {}
+        for parameter in job.study_spec.parameters:
+            if "double_value_spec" in parameter:
+                bounds = (parameter.double_value_spec.min_value, parameter.double_value_spec.max_value)
+            else:
+                bounds = [int(value) for value in parameter.discrete_value_spec.values]
+            values[parameter.parameter_id] = end(bounds)
+        settings = trainer_flags.parse([*pool.container_spec.args, *(f"--{k}={v}" for k, v in values.items())])
+        assert {name: getattr(settings, name) for name in values} == values
+
+
+@pytest.mark.parametrize("name", ["several-machines.yaml", "tuning.yaml"])
+def test_the_real_client_submits_the_job(name, names):
+    with loopback_vertex.serve() as (url, requests):
+        done = run_submit("vertex", f"--config=deploy/vertex/{name}", f"--api_endpoint={url}", RUN="second")
+    assert done.returncode == 0, done.stderr
+    (request,) = requests
+    kind = "customJobs" if name == "several-machines.yaml" else "hyperparameterTuningJobs"
+    assert request.path == f"/v1/projects/my-project/locations/us-central1/{kind}"
+    assert request.message.display_name == "second"
+    spec = request.message.job_spec if kind == "customJobs" else request.message.trial_job_spec
+    assert spec.base_output_directory.output_uri_prefix == "gs://my-bucket/jobs/second"
+    assert done.stdout.startswith(f"projects/my-project/locations/us-central1/{kind}/1000\nhttps://console.cloud")
+
+
+def test_a_dry_run_submits_nothing_and_shows_all(submit, names):
+    with loopback_vertex.serve() as (url, requests):
+        done = run_submit("vertex", "--config=deploy/vertex/spot.yaml", f"--api_endpoint={url}", "--dry_run")
+    assert done.returncode == 0
+    assert requests == []
+    shown = yaml.safe_load(done.stdout)
+    job = submit.parse((VERTEX / "spot.yaml").read_text(), names, "spot.yaml")
+    assert shown == json_format.MessageToDict(type(job).pb(job))
+
+
+@pytest.mark.slow
+def test_what_the_user_must_change_is_told_in_one_line_with_exit_code_2(tmp_path):
+    text = (VERTEX / "one-gpu.yaml").read_text()
+    wrong_flag = tmp_path / "wrong.yaml"
+    wrong_flag.write_text(text.replace("--epochs=5", "--epoch=5"))
+    empty = tmp_path / "empty.env"
+    empty.write_text("REGION=us-central1\n")
+    with loopback_vertex.serve(refuse_with=403) as (url, _):
+        cases = {
+            "no platform": run_submit("--dry_run"),
+            "--config is not set": run_submit("vertex"),
+            "cannot be read": run_submit("vertex", "--config=nowhere.yaml"),
+            "'epoch'": run_submit("vertex", f"--config={wrong_flag}", "--dry_run"),
+            "PROJECT has no value": run_submit("vertex", f"--config={wrong_flag}", f"--settings={empty}"),
+            "refused for the test": run_submit(
+                "vertex", "--config=deploy/vertex/one-gpu.yaml", f"--api_endpoint={url}"
+            ),
+        }
+    for expected, done in cases.items():
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert expected in next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_settings_that_a_shell_would_read_differently_are_refused(submit):
+    assert submit.read_settings("# x\n\nA=b-c/d:1\n", {"A": ""}) == {"A": "b-c/d:1"}
+    assert submit.read_settings("A=b\n", {"A": "c"}) == {"A": "c"}
+    for line in ("A=$(rm -rf x)", "A='b'", "A = b", "export A=b", "a=b"):
+        with pytest.raises(UserError, match="Line 1"):
+            submit.read_settings(line, {})
+
+
+def gcloud(url: str, folder: pathlib.Path, *arguments) -> subprocess.CompletedProcess:
+    """The real gcloud with a configuration, a token and an address that exist for this test alone."""
+    program = shutil.which("gcloud")
+    if not program:
+        pytest.skip("no gcloud on the PATH: https://cloud.google.com/sdk/docs/install")
+    (folder / "token").write_text("token-of-the-test\n")
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "CLOUDSDK_CONFIG": str(folder),
+        "CLOUDSDK_AUTH_ACCESS_TOKEN_FILE": str(folder / "token"),
+        "CLOUDSDK_CORE_PROJECT": "my-project",
+        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+        "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "true",
+        "CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK": "true",
+        "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": f"{url}/",
+    }
+    command = [program, *arguments, "--region=us-central1"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_gcloud_submits_what_envsubst_makes_of_a_specification(name, names, tmp_path):
+    text = string.Template((VERTEX / name).read_text()).substitute(names)
+    (tmp_path / "job.yaml").write_text(text)
+    kind = "hp-tuning-jobs" if name == "tuning.yaml" else "custom-jobs"
+    arguments = ["ai", kind, "create", "--display-name=first", f"--config={tmp_path / 'job.yaml'}"]
+    with loopback_vertex.serve() as (url, requests):
+        counts = [] if kind == "custom-jobs" else ["--max-trial-count=20", "--parallel-trial-count=4"]
+        done = gcloud(url, tmp_path, *arguments, *counts)
+    assert done.returncode == 0, done.stderr
+    (request,) = requests
+    fields = yaml.safe_load(text)
+    sent = json_format.MessageToDict(request.message)
+    sent = sent if kind == "hp-tuning-jobs" else sent["jobSpec"]
+    for path in key_paths(fields):
+        if path[-1] in ("imageUri", "args", "outputUriPrefix", "timeout", "strategy", "machineType"):
+            wanted, got = fields, sent
+            for step in path:
+                wanted, got = wanted[step], got[step]
+            assert got == wanted, path
+
+
+README = (ROOT / "deploy" / "README.md").read_text().replace("\\\n", " ")
+UPLOADS = re.findall(r"^gcloud (ai models upload .*)$", README, re.MULTILINE)
+
+
+def upload_words(line: str, names: dict[str, str]) -> list[str]:
+    return shlex.split(string.Template(line).safe_substitute(names))
+
+
+def test_the_model_is_served_by_the_command_and_routes_that_the_readme_uploads(names):
+    ours, theirs = (upload_words(line, names) for line in UPLOADS)
+    options = dict(word.removeprefix("--container-").split("=", 1) for word in ours if word.startswith("--container-"))
+    assert options.pop("image-uri") == names["IMAGE"]
+    assert options.pop("command") == "python3,-m,trainer.serve"
+    environment = {
+        **{"AIP_HTTP_PORT": options.pop("ports"), "AIP_STORAGE_URI": "gs://bucket/model"},
+        **{"AIP_PREDICT_ROUTE": options.pop("predict-route"), "AIP_HEALTH_ROUTE": options.pop("health-route")},
+    }
+    assert not options
+    assert serve.with_environment({}, set(), environment) == {
+        **{"host": "0.0.0.0", "port": 8080, "model_dir": "gs://bucket/model"},
+        **{"predict_route": "/predict", "health_route": "/health"},
+    }
+    assert any(word.endswith("/training/serving:2.21.0") for word in theirs)
+
+
+@pytest.mark.parametrize(
+    ("line", "port"), [*zip(UPLOADS, (8080, 8501), strict=True)], ids=["trainer.serve", "tf-serving"]
+)
+def test_gcloud_uploads_the_model_as_the_readme_says(tmp_path, names, line, port):
+    arguments = [word for word in upload_words(line, names) if not word.startswith("--region")]
+    with loopback_vertex.serve() as (url, requests):
+        done = gcloud(url, tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    model = requests[0].message.model
+    assert model.artifact_uri == f"gs://{names['BUCKET']}/jobs/{names['RUN']}/model"
+    assert [one.container_port for one in model.container_spec.ports] == [port]

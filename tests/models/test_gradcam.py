@@ -1,0 +1,86 @@
+"""A heat map lights up where the picture holds what decided its class."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.models import gradcam, resnet
+
+SIZE, CELLS = 32, 8  # pixels to a side; places of the last convolution to a side
+RED, BLUE = (250, 0, 0), (0, 0, 250)
+
+
+def make_network(head: str, precision: str = "float32") -> resnet.Network:
+    """Class 0 is red, class 1 is blue: one channel of the only convolution sees each."""
+    keras.config.set_dtype_policy(precision)
+    inputs = keras.Input([SIZE, SIZE, 3])
+    x = keras.layers.Conv2D(2, 4, strides=4, use_bias=False, activation="relu", name="convolution")(inputs)
+    keras.config.set_dtype_policy("float32")
+    pooling = keras.layers.GlobalAveragePooling2D if head == "average" else keras.layers.Flatten
+    network = resnet.with_head(keras.Model(inputs, pooling(dtype="float32", name="features")(x)), 2)
+    kernel = np.zeros([4, 4, 3, 2], np.float32)
+    kernel[:, :, 0, 0] = kernel[:, :, 2, 1] = 1 / 16
+    network.backbone.get_layer("convolution").set_weights([kernel])
+    weights = np.tile(np.array([[1, -1], [-1, 1]], np.float32), (network.head.input_shape[-1] // 2, 1))
+    network.head.layers[-1].set_weights([weights, np.zeros(2, np.float32)])
+    return network
+
+
+def picture_of(patches: dict[tuple[int, int], tuple[int, int, int]]) -> np.ndarray:
+    """Dark float32 [1, S, S, 3] with patches of 8 x 8 pixels, by the row and column of their first cell."""
+    pixels = np.full([1, SIZE, SIZE, 3], 5, np.float32)
+    for (row, column), colour in patches.items():
+        pixels[0, 4 * row : 4 * row + 8, 4 * column : 4 * column + 8] = colour
+    return pixels
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("head", ["average", "flatten"])
+def test_the_patch_that_decides_the_class_lights_up_and_the_other_class_does_not(head, precision):
+    network = make_network(head, precision)
+    # Two red patches against one blue: red it is, and only red is why.
+    pixels = picture_of({(0, 1): RED, (5, 6): RED, (2, 4): BLUE})
+    probabilities, heat = gradcam.explain(network, pixels)
+    assert probabilities.dtype == heat.dtype == tf.float32
+    np.testing.assert_allclose(probabilities, network.model(pixels), atol=1e-3)
+    assert heat.shape == (1, CELLS, CELLS)
+    is_red = np.zeros([CELLS, CELLS], bool)
+    is_red[0:2, 1:3] = is_red[5:7, 6:8] = True
+    np.testing.assert_allclose(heat[0].numpy()[is_red], 1, atol=0.01)
+    assert heat.numpy()[0][~is_red].max() < 0.05
+
+
+def test_places_that_a_flatten_head_does_not_look_at_stay_dark():
+    network = make_network("flatten")
+    weights = network.head.layers[-1].get_weights()[0].reshape(CELLS, CELLS, 2, 2)
+    weights[:, CELLS // 2 :] = 0
+    network.head.layers[-1].set_weights([weights.reshape(-1, 2), np.zeros(2, np.float32)])
+    heat = gradcam.heatmaps(network, picture_of({(3, 1): RED, (3, 5): RED})).numpy()[0]
+    assert heat[3:5, 1:3].min() == 1
+    assert heat[:, CELLS // 2 :].max() == 0
+
+
+def test_a_picture_that_speaks_for_no_class_has_a_map_of_zeros():
+    assert gradcam.heatmaps(make_network("average"), np.zeros([2, SIZE, SIZE, 3], np.float32)).numpy().max() == 0
+
+
+def test_each_picture_of_a_batch_gets_its_own_map_also_from_a_saved_model(tmp_path):
+    network = make_network("average")
+    pixels = np.concatenate([picture_of({(0, 0): RED}), picture_of({(6, 6): BLUE}), picture_of({(2, 5): RED})])
+    module = tf.Module()
+    module.weights = [variable.value for variable in network.model.variables]
+    module.heatmaps = tf.function(lambda pixels: gradcam.heatmaps(network, pixels)).get_concrete_function(
+        tf.TensorSpec([None, SIZE, SIZE, 3])
+    )
+    tf.saved_model.save(module, str(tmp_path))
+    served = tf.saved_model.load(str(tmp_path)).heatmaps(tf.constant(pixels)).numpy()
+    np.testing.assert_allclose(served, gradcam.heatmaps(network, pixels), atol=1e-6)
+    assert [np.unravel_index(heat.argmax(), heat.shape) for heat in served] == [(0, 0), (6, 6), (2, 5)]
+
+
+def test_a_backbone_without_places_is_refused():
+    inputs = keras.Input([6])
+    network = resnet.with_head(keras.Model(inputs, keras.layers.Dense(4)(inputs)), 2)
+    with pytest.raises(ValueError, match="needs \\[n, h, w, k\\]"):
+        gradcam.explain(network, np.zeros([1, 6], np.float32))

@@ -1,0 +1,497 @@
+"""Every convention that tells a worker who it is, and the checks before TensorFlow starts."""
+
+import json
+import socket
+import time
+
+import pytest
+
+from trainer.errors import UserError
+from trainer.runtime import cluster, gpu
+from trainer.runtime.cluster import Cluster
+
+# https://cloud.google.com/vertex-ai/docs/training/distributed-training shows this cluster with a parameter server.
+VERTEX = {
+    "chief": ["training-workerpool0-ab-0:2222"],
+    "worker": ["training-workerpool1-ab-0:2222", "training-workerpool1-ab-1:2222"],
+}
+VERTEX_ADDRESSES = (*VERTEX["chief"], *VERTEX["worker"])
+# The same page's CLUSTER_SPEC, as jobs without parameter servers and evaluators see it.
+POOLS = {
+    "workerpool0": ["cmle-training-workerpool0-ab-0:2222"],
+    "workerpool1": ["cmle-training-workerpool1-ab-0:2222", "cmle-training-workerpool1-ab-1:2222"],
+}
+POOL_ADDRESSES = (*POOLS["workerpool0"], *POOLS["workerpool1"])
+SERVERS = {"workerpool2": ["cmle-training-workerpool2-ab-0:2222", "cmle-training-workerpool2-ab-1:2222"]}
+EVALUATORS = {"workerpool3": [f"cmle-training-workerpool3-ab-{i}:2222" for i in range(3)]}
+# https://www.tensorflow.org/tutorials/distribute/multi_worker_with_keras
+TUTORIAL = ("localhost:12345", "localhost:23456")
+# kubeflow/training-operator, pkg/controller.v1/tensorflow: <job>-<type>-<i>.<namespace>.svc:2222
+TFJOB = {name: [f"test-tfjob-{name}-0.ns3.svc:2222"] for name in ("chief", "worker")}
+TFJOB_ADDRESSES = (*TFJOB["chief"], *TFJOB["worker"])
+# https://kubernetes.io/docs/tasks/job/job-with-pod-to-pod-communication/
+INDEXED_JOB = {"TRAINER_HOSTS": "3", "TRAINER_JOB": "example-job", "TRAINER_SERVICE": "headless-svc"}
+# https://jobset.sigs.k8s.io/docs/concepts/: pytorch-workers-0-0.pytorch is its first host
+JOBSET = {"TRAINER_HOSTS": "4", "JOBSET_NAME": "pytorch", "REPLICATED_JOB_NAME": "workers", "JOB_INDEX": "0"}
+# kubeflow/trainer, pkg/runtime/framework/plugins/xgboost: <trainjob>-node-0-0.<trainjob>
+TRAINJOB = {"TRAINER_HOSTS": "2", "TRAINJOB_NAME": "cats"}
+
+
+def spec(members, kind, index, **more):
+    return json.dumps({"cluster": members, "task": {"type": kind, "index": index}, **more})
+
+
+def several(index, addresses, source):
+    return Cluster(len(addresses), index, index == 0, tuple(addresses), source)
+
+
+def single(source):
+    return Cluster(1, 0, True, (), source)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        pytest.param({}, single("no cluster"), id="nothing-set"),
+        pytest.param({"TF_CONFIG": " ", "JOB_COMPLETION_INDEX": ""}, single("no cluster"), id="set-but-empty"),
+        pytest.param({"TF_CONFIG": "{}"}, single("no cluster"), id="TF_CONFIG-empty"),
+        pytest.param({"TF_CONFIG": '{"environment": "cloud"}'}, single("no cluster"), id="TF_CONFIG-environment-only"),
+        pytest.param({"TF_CONFIG": spec({}, "worker", 0)}, single("no cluster"), id="TF_CONFIG-empty-cluster"),
+        pytest.param({"TF_CONFIG": spec({"worker": ["a:1"]}, "worker", 0)}, single("TF_CONFIG"), id="TF_CONFIG-worker"),
+        pytest.param({"TF_CONFIG": spec({"chief": ["a:1"]}, "chief", 0)}, single("TF_CONFIG"), id="TF_CONFIG-chief"),
+        pytest.param(
+            {"TF_CONFIG": spec(VERTEX, "chief", 0, environment="cloud", job={"worker_pool_specs": []})},
+            several(0, VERTEX_ADDRESSES, "TF_CONFIG"),
+            id="Vertex-chief",
+        ),
+        pytest.param(
+            {
+                "TF_CONFIG": json.dumps(
+                    {"cluster": VERTEX, "task": {"cloud": "id", "index": 0, "trial": "1", "type": "worker"}}
+                )
+            },
+            several(1, VERTEX_ADDRESSES, "TF_CONFIG"),
+            id="Vertex-worker-of-a-trial",
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec({"worker": VERTEX["worker"], "master": VERTEX["chief"]}, "worker", 1)},
+            several(2, VERTEX_ADDRESSES, "TF_CONFIG"),
+            id="Vertex-master-is-chief",
+        ),
+        pytest.param(
+            {"CLUSTER_SPEC": spec({"workerpool0": ["cmle-training-workerpool0-ab-0:2222"]}, "workerpool0", 0)},
+            single("CLUSTER_SPEC"),
+            id="CLUSTER_SPEC-one-replica",
+        ),
+        pytest.param(
+            {"CLUSTER_SPEC": json.dumps({"cluster": POOLS, "task": {"type": "workerpool0", "index": 0, "trial": "3"}})},
+            several(0, POOL_ADDRESSES, "CLUSTER_SPEC"),
+            id="CLUSTER_SPEC-primary-of-a-trial",
+        ),
+        pytest.param(
+            {"CLUSTER_SPEC": spec(POOLS | EVALUATORS | {"workerpool2": []}, "workerpool1", 1, environment="cloud")},
+            several(2, POOL_ADDRESSES, "CLUSTER_SPEC"),
+            id="CLUSTER_SPEC-evaluators-do-not-count",
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec(VERTEX, "worker", 1), "CLUSTER_SPEC": spec(POOLS, "workerpool1", 1)},
+            several(2, VERTEX_ADDRESSES, "TF_CONFIG"),
+            id="TF_CONFIG-wins",
+        ),
+        pytest.param(
+            {"TF_CONFIG": "{}", "CLUSTER_SPEC": spec(POOLS, "workerpool1", 0)},
+            several(1, POOL_ADDRESSES, "CLUSTER_SPEC"),
+            id="TF_CONFIG-without-cluster-does-not-win",
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec({"worker": TUTORIAL}, "worker", 1)}, several(1, TUTORIAL, "TF_CONFIG"), id="tutorial"
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec({"worker": TUTORIAL}, "worker", "1")}, several(1, TUTORIAL, "TF_CONFIG"), id="index-text"
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec({"worker": ["[::1]:1", "10.0.0.2:65535"]}, "worker", 0)},
+            several(0, ("[::1]:1", "10.0.0.2:65535"), "TF_CONFIG"),
+            id="numeric-addresses",
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec(TFJOB, "worker", 0, environment="cloud")},
+            several(1, TFJOB_ADDRESSES, "TF_CONFIG"),
+            id="TFJob",
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec(TFJOB | {"evaluator": ["test-tfjob-evaluator-0.ns3.svc:2222"]}, "chief", 0)},
+            several(0, TFJOB_ADDRESSES, "TF_CONFIG"),
+            id="TFJob-evaluator-does-not-count",
+        ),
+        pytest.param({"JOB_COMPLETION_INDEX": "0"}, single("an Indexed Job of one pod"), id="Indexed-Job-of-one-pod"),
+        pytest.param({"TRAINER_HOSTS": "1"}, single("TRAINER_HOSTS"), id="one-host-without-index"),
+        pytest.param(
+            {**JOBSET, "TRAINER_HOSTS": "1", "JOB_COMPLETION_INDEX": "0"},
+            single("TRAINER_HOSTS"),
+            id="JobSet-of-one-host",
+        ),
+        pytest.param(
+            {**INDEXED_JOB, "JOB_COMPLETION_INDEX": "2", "TRAINER_PORT": "3389"},
+            several(2, [f"example-job-{i}.headless-svc:3389" for i in range(3)], "Indexed Job"),
+            id="Indexed-Job",
+        ),
+        pytest.param(
+            {**JOBSET, "JOB_COMPLETION_INDEX": "3"},
+            several(3, [f"pytorch-workers-0-{i}.pytorch:2222" for i in range(4)], "JobSet"),
+            id="JobSet",
+        ),
+        pytest.param(  # kubernetes-sigs/jobset, examples/simple/jobset-with-network.yaml
+            {
+                **{"TRAINER_HOSTS": "2", "JOBSET_NAME": "network-jobset", "REPLICATED_JOB_NAME": "workers"},
+                **{"JOB_INDEX": "0", "JOB_COMPLETION_INDEX": "0", "TRAINER_SERVICE": "example"},
+            },
+            several(
+                0, ["network-jobset-workers-0-0.example:2222", "network-jobset-workers-0-1.example:2222"], "JobSet"
+            ),
+            id="JobSet-with-a-subdomain",
+        ),
+        pytest.param(
+            {**TRAINJOB, "JOB_COMPLETION_INDEX": "1"},
+            several(1, ["cats-node-0-0.cats:2222", "cats-node-0-1.cats:2222"], "TrainJob"),
+            id="TrainJob",
+        ),
+    ],
+)
+def test_each_convention_is_understood(environment, expected):
+    assert cluster.resolve(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "texts"),
+    [
+        pytest.param(
+            {"TF_CONFIG": "{'cluster': 1}"}, ["TF_CONFIG is", "{'cluster': 1}", "expected JSON"], id="no-json"
+        ),
+        pytest.param({"CLUSTER_SPEC": "[1]"}, ["CLUSTER_SPEC is '[1]'", "JSON object"], id="no-object"),
+        pytest.param({"TF_CONFIG": '{"cluster": ["a:1"]}'}, ['cluster ["a:1"]', "two JSON objects"], id="cluster-list"),
+        pytest.param({"TF_CONFIG": '{"task": "worker"}'}, ['task "worker"', "two JSON objects"], id="task-text"),
+        pytest.param(
+            {"TF_CONFIG": spec({"worker": "a:1"}, "worker", 0)}, ['"a:1"', "lists of addresses"], id="no-list"
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec({"tpu": ["a:1"]}, "tpu", 0)}, ['"tpu"', "chief, master, worker"], id="unknown-type"
+        ),
+        pytest.param({"TF_CONFIG": spec({"worker": []}, "worker", 0)}, ["that has addresses"], id="no-addresses"),
+        pytest.param({"TF_CONFIG": spec(VERTEX, "master", 0)}, ["task.type is 'master'"], id="type-not-in-cluster"),
+        pytest.param({"TF_CONFIG": json.dumps({"cluster": VERTEX})}, ["task.type is 'None'"], id="no-task"),
+        pytest.param({"TF_CONFIG": spec(VERTEX, ["chief"], 0)}, ["task.type is \"['chief']\""], id="type-is-a-list"),
+        pytest.param(
+            {"TF_CONFIG": spec(VERTEX, "worker", 2)}, ["task.index is 2", "from 0 to 1"], id="index-too-large"
+        ),
+        pytest.param({"TF_CONFIG": spec(VERTEX, "worker", -1)}, ["task.index is -1"], id="index-negative"),
+        pytest.param({"TF_CONFIG": spec(VERTEX, "worker", "one")}, ["task.index is 'one'"], id="index-no-number"),
+        pytest.param({"TF_CONFIG": spec(VERTEX, "worker", True)}, ["task.index is True"], id="index-true"),
+        pytest.param({"TF_CONFIG": spec(VERTEX, "worker", None)}, ["task.index is None"], id="index-missing"),
+        pytest.param({"TF_CONFIG": spec({"worker": ["a", "b:1"]}, "worker", 0)}, ["'a'", "host:port"], id="no-port"),
+        pytest.param({"TF_CONFIG": spec({"worker": ["a:0", "b:1"]}, "worker", 0)}, ["'a:0'", "host:port"], id="port-0"),
+        pytest.param(
+            {"TF_CONFIG": spec({"worker": ["a:65536", "b:1"]}, "worker", 0)}, ["'a:65536'"], id="port-too-large"
+        ),
+        pytest.param({"TF_CONFIG": spec({"worker": [":1", "b:1"]}, "worker", 0)}, ["':1'"], id="no-host"),
+        pytest.param({"TF_CONFIG": spec({"worker": ["grpc://a:1", "b:1"]}, "worker", 0)}, ["'grpc://a:1'"], id="a-url"),
+        pytest.param(
+            {"TF_CONFIG": spec({"worker": [1, "b:1"]}, "worker", 0)}, ["1 is no address"], id="address-number"
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec({"worker": ["a:1", "a:1"]}, "worker", 0)}, ["'a:1' is there twice"], id="duplicate"
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec({"chief": ["a:1", "b:1"]}, "chief", 0)}, ["expected one chief"], id="two-chiefs"
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec({"chief": ["a:1"], "master": ["b:1"]}, "chief", 0)}, ["one chief"], id="chief-and-master"
+        ),
+        pytest.param({"TF_CONFIG": spec({}, "worker", 1)}, ["cluster of all workers"], id="index-without-cluster"),
+        pytest.param(  # what a TFJob with enableDynamicWorker writes
+            {"TF_CONFIG": '{"sparseCluster": {"worker": {"0": "a:1"}}, "task": {"type": "worker", "index": 0}}'},
+            ["cluster of all workers", "enableDynamicWorker"],
+            id="sparse-cluster",
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec(VERTEX | {"ps": ["training-workerpool2-ab-0:2222"]}, "worker", 0)},
+            ["training-workerpool2-ab-0:2222", "parameter servers are not used"],
+            id="Vertex-example-with-ps",
+        ),
+        pytest.param(
+            {"TF_CONFIG": spec({"ps": ["ps1:2222", "ps2:2222"], "worker": ["worker1:2222"]}, "ps", 1)},
+            ["parameter servers are not used"],
+            id="TFJob-ps",
+        ),
+        pytest.param(
+            {"CLUSTER_SPEC": spec(POOLS | SERVERS | EVALUATORS, "workerpool0", 0)},
+            ["cmle-training-workerpool2-ab-1:2222", "Reduction Server", "worker pool 2"],
+            id="CLUSTER_SPEC-example-with-ps",
+        ),
+        pytest.param({"TF_CONFIG": spec(VERTEX, "evaluator", 0)}, ["no evaluator is needed"], id="Vertex-evaluator"),
+        pytest.param({"TF_CONFIG": spec({}, "evaluator", 0)}, ["no evaluator is needed"], id="evaluator-alone"),
+        pytest.param(
+            {"TF_CONFIG": spec(TFJOB | {"evaluator": ["e:2222"]}, "evaluator", 0)},
+            ["no evaluator"],
+            id="TFJob-evaluator",
+        ),
+        pytest.param(
+            {"CLUSTER_SPEC": spec(POOLS | EVALUATORS, "workerpool3", 2)}, ["no evaluator"], id="CLUSTER_SPEC-evaluator"
+        ),
+        pytest.param(
+            {"JOB_COMPLETION_INDEX": "1"},
+            ["JOB_COMPLETION_INDEX='1'", "expected TRAINER_HOSTS too"],
+            id="only-an-index",
+        ),
+        pytest.param(
+            {"JOB_COMPLETION_INDEX": "0", "TRAINER_JOB": "j"}, ["TRAINER_JOB='j'", "TRAINER_HOSTS too"], id="no-hosts"
+        ),
+        pytest.param({"TRAINER_SERVICE": "s"}, ["TRAINER_SERVICE='s'", "TRAINER_HOSTS too"], id="only-a-service"),
+        pytest.param({**INDEXED_JOB, "TRAINER_HOSTS": "0"}, ["TRAINER_HOSTS is '0'", "from 1"], id="hosts-0"),
+        pytest.param({**INDEXED_JOB, "TRAINER_HOSTS": "two"}, ["TRAINER_HOSTS is 'two'", "a number"], id="hosts-text"),
+        pytest.param(INDEXED_JOB, ["JOB_COMPLETION_INDEX is ''", "completionMode Indexed"], id="no-index"),
+        pytest.param(
+            {**INDEXED_JOB, "JOB_COMPLETION_INDEX": "3"},
+            ["JOB_COMPLETION_INDEX is '3'", "from 0 to 2"],
+            id="index-3-of-3",
+        ),
+        pytest.param(
+            {"TRAINER_HOSTS": "1", "JOB_COMPLETION_INDEX": "1"},
+            ["JOB_COMPLETION_INDEX is '1'", "to 0"],
+            id="index-1-of-1",
+        ),
+        pytest.param(
+            {"TRAINER_HOSTS": "2", "JOB_COMPLETION_INDEX": "0"},
+            ["exactly one of TRAINJOB_NAME, JOBSET_NAME"],
+            id="no-name",
+        ),
+        pytest.param(
+            {**INDEXED_JOB, **TRAINJOB, "JOB_COMPLETION_INDEX": "0"}, ["exactly one of TRAINJOB_NAME"], id="two-names"
+        ),
+        pytest.param(
+            {"TRAINER_HOSTS": "2", "TRAINER_JOB": "j", "JOB_COMPLETION_INDEX": "0"},
+            ["TRAINER_JOB='j'", "expected TRAINER_SERVICE too"],
+            id="no-service",
+        ),
+        pytest.param(
+            {**JOBSET, "REPLICATED_JOB_NAME": "", "JOB_COMPLETION_INDEX": "0"},
+            ["JOBSET_NAME='pytorch'", "expected REPLICATED_JOB_NAME too"],
+            id="no-replicated-job",
+        ),
+        pytest.param(
+            {**JOBSET, "JOB_INDEX": "1", "JOB_COMPLETION_INDEX": "0"},
+            ["JOB_INDEX='1'", "one replica"],
+            id="two-child-jobs",
+        ),
+        pytest.param(
+            {**JOBSET, "JOB_INDEX": "1", "TRAINER_HOSTS": "1", "JOB_COMPLETION_INDEX": "0"},
+            ["JOB_INDEX='1'", "one replica"],
+            id="two-child-jobs-of-one-pod",
+        ),
+        pytest.param(
+            {**TRAINJOB, "JOB_COMPLETION_INDEX": "0", "TRAINER_PORT": "tcp://10.0.0.11:80"},
+            ["TRAINER_PORT is 'tcp://10.0.0.11:80'", "a Service called trainer"],
+            id="port-of-a-service",
+        ),
+        pytest.param(
+            {**TRAINJOB, "JOB_COMPLETION_INDEX": "0", "TRAINJOB_NAME": "my job"},
+            ["'my job-node-0-0.my job:2222' is no address"],
+            id="name-with-a-space",
+        ),
+    ],
+)
+def test_a_half_said_or_wrong_cluster_is_an_error_of_one_line_that_says_what_came(environment, texts):
+    with pytest.raises(UserError) as caught:
+        cluster.resolve(environment)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [text for text in texts if text not in message] == [], message
+
+
+TASKS = {
+    "Vertex": [{"TF_CONFIG": spec(VERTEX, *task)} for task in (("chief", 0), ("worker", 0), ("worker", 1))],
+    "CLUSTER_SPEC": [
+        {"CLUSTER_SPEC": spec(POOLS, *task)} for task in (("workerpool0", 0), ("workerpool1", 0), ("workerpool1", 1))
+    ],
+    "workers-only": [{"TF_CONFIG": spec({"worker": TUTORIAL}, "worker", i)} for i in range(2)],
+    "Indexed-Job": [{**INDEXED_JOB, "JOB_COMPLETION_INDEX": str(i)} for i in range(3)],
+    "JobSet": [{**JOBSET, "JOB_COMPLETION_INDEX": str(i)} for i in range(4)],
+    "TrainJob": [{**TRAINJOB, "JOB_COMPLETION_INDEX": str(i)} for i in range(2)],
+}
+
+
+@pytest.mark.parametrize("environments", TASKS.values(), ids=TASKS.keys())
+def test_all_workers_agree_on_the_addresses_and_on_one_chief(environments):
+    clusters = [cluster.resolve(environment) for environment in environments]
+
+    assert {one.workers for one in clusters} == {len(environments)}
+    assert len({one.addresses for one in clusters}) == 1
+    assert [one.index for one in clusters] == list(range(len(environments)))
+    assert [one.is_chief for one in clusters] == [True] + [False] * (len(environments) - 1)
+
+
+@pytest.mark.parametrize("environments", TASKS.values(), ids=TASKS.keys())
+def test_the_tf_config_for_tensorflow_says_the_same_cluster(environments):
+    for environment in environments:
+        before = cluster.resolve(environment)
+        text = cluster.tf_config(before)
+        assert list(json.loads(text)["cluster"]) == ["worker"]
+        assert cluster.resolve({"TF_CONFIG": text}) == before._replace(source="TF_CONFIG")
+
+
+def test_the_tf_config_of_a_single_worker_names_no_cluster():
+    assert cluster.tf_config(cluster.resolve({"TF_CONFIG": spec({"chief": ["a:1"]}, "chief", 0)})) == "{}"
+
+
+def test_a_port_that_is_taken_is_an_error_and_is_free_again_afterwards():
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        two = several(1, ("localhost:1", f"localhost:{port}"), "TF_CONFIG")
+        with pytest.raises(UserError, match=f"Port {port} of worker 1 .*Address already in use.*TRAINER_PORT"):
+            cluster.check_addresses(two, timeout_secs=0)
+
+    cluster.check_addresses(two, timeout_secs=0)
+    with socket.create_server(("", port)):  # the check itself leaves the port alone
+        pass
+
+
+def free_port():
+    with socket.create_server(("", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def test_a_name_that_never_resolves_is_waited_for_and_then_an_error():
+    two = several(0, (f"localhost:{free_port()}", "does-not-exist.invalid:2222"), "JobSet")
+    start = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"does-not-exist\.invalid of worker 1 \(from JobSet\) did not resolve in 1\.2 s"
+    ):
+        cluster.check_addresses(two, timeout_secs=1.2)
+    assert time.monotonic() - start >= 1.2
+
+
+def test_a_name_too_long_for_dns_is_an_error_too():
+    two = several(0, (f"localhost:{free_port()}", f"{'a' * 64}.example:2222"), "JobSet")
+    with pytest.raises(UserError, match="did not resolve"):
+        cluster.check_addresses(two, timeout_secs=0)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_names_and_numbers_resolve(host):
+    two = several(0, (f"my-own-name-need-not-resolve.invalid:{free_port()}", f"{host}:2222"), "TF_CONFIG")
+    cluster.check_addresses(two, timeout_secs=0)
+
+
+def test_a_single_worker_has_no_addresses_to_check():
+    cluster.check_addresses(single("no cluster"), timeout_secs=0)
+
+
+def test_too_little_shared_memory_for_several_gpus_is_an_error(tmp_path):
+    gpu.check_shared_memory(num_gpus=1, path=str(tmp_path), minimum_bytes=2**60)
+    gpu.check_shared_memory(num_gpus=2, path=str(tmp_path), minimum_bytes=1)
+    with pytest.raises(UserError, match=r"holds \d+ MiB, but NCCL needs \d+ MiB for 2 GPUs: .*Memory.*--shm-size"):
+        gpu.check_shared_memory(num_gpus=2, path=str(tmp_path), minimum_bytes=2**60)
+    with pytest.raises(UserError, match="missing holds 0 MiB, but NCCL needs 256 MiB for 8 GPUs"):
+        gpu.check_shared_memory(num_gpus=8, path=str(tmp_path / "missing"))
+
+
+def plant(root, **files):
+    """Writes files under root; double underscores in a name are slashes."""
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param({}, False, id="empty-machine"),
+        pytest.param({"proc__driver__nvidia__version": ""}, True, id="driver"),
+        pytest.param({"dev__nvidia0": ""}, True, id="device-file"),
+        pytest.param({"pci__vendor": "0x10de\n", "pci__class": "0x030200\n"}, True, id="card-without-driver"),
+        pytest.param({"pci__vendor": "0x10de\n", "pci__class": "0x040300\n"}, False, id="sound-of-a-card"),
+        pytest.param({"pci__vendor": "0x8086\n", "pci__class": "0x030000\n"}, False, id="card-of-another-maker"),
+    ],
+)
+def test_nvidia_hardware_is_found_by_driver_device_file_or_pci(tmp_path, files, expected):
+    plant(
+        tmp_path,
+        **{name.replace("pci", "sys__bus__pci__devices__0000:17:00.0"): files[name] for name in files},
+    )
+    assert gpu.has_nvidia_hardware(tmp_path) is expected
+
+
+OPEN_DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (builder@host)\nGCC\n"
+CLOSED_DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.135  Fri Jan 10 20:00:00 UTC 2025\nGCC\n"
+CUDA_BUILD = {"is_cuda_build": True, "cuda_version": "12.5.1", "cudnn_version": "9"}
+CUDNN_ONLY = {"site__nvidia__cudnn__version": ""}
+LIBRARIES = ("cublas", "cuda_runtime", "cudnn", "cufft", "cusolver", "cusparse", "nccl")
+ALL_LIBRARIES = {f"site__nvidia__{name}__version": "" for name in LIBRARIES}
+
+
+@pytest.mark.parametrize(
+    ("files", "libcuda", "build", "texts"),
+    [
+        pytest.param(
+            {},
+            "missing.so",
+            CUDA_BUILD,
+            ["hardware: none", "driver: not loaded", "machine with an NVIDIA GPU"],
+            id="no-gpu",
+        ),
+        pytest.param(
+            {"dev__nvidia0": ""}, "missing.so", CUDA_BUILD, ["hardware: yes", "install NVIDIA's driver"], id="no-driver"
+        ),
+        pytest.param(  # a sandbox may hide /proc/driver although the driver works
+            {"dev__nvidia0": ""}, "libc.so.6", CUDA_BUILD, ["driver: not loaded", "pip install"], id="driver-unseen"
+        ),
+        pytest.param(
+            {"proc__driver__nvidia__version": CLOSED_DRIVER},
+            "libc.so.6",
+            {"is_cuda_build": False},
+            ["driver: 550.135;", "libcuda.so.1: opens", "built without CUDA", "'tensorflow[and-cuda]'"],
+            id="tensorflow-cpu",
+        ),
+        pytest.param(
+            {"proc__driver__nvidia__version": OPEN_DRIVER, **ALL_LIBRARIES},
+            "missing.so",
+            CUDA_BUILD,
+            [
+                "driver: 580.95.05;",
+                "libcuda.so.1: does not open",
+                "missing from pip: none",
+                "nvidia.com/gpu",
+                "--gpus=all",
+            ],
+            id="container-without-gpu",
+        ),
+        pytest.param(
+            {"proc__driver__nvidia__version": OPEN_DRIVER, **CUDNN_ONLY},
+            "libc.so.6",
+            CUDA_BUILD,
+            ["built with CUDA 12.5.1 and cuDNN 9", "cublas, cuda_runtime, cufft", "pip install 'tensorflow[and-cuda]'"],
+            id="no-pip-libraries",
+        ),
+        pytest.param(
+            {"proc__driver__nvidia__version": OPEN_DRIVER, **ALL_LIBRARIES},
+            "libc.so.6",
+            CUDA_BUILD,
+            ["missing from pip: none", "CUDA_VISIBLE_DEVICES"],
+            id="all-there",
+        ),
+    ],
+)
+def test_the_gpu_diagnosis_names_the_first_thing_that_is_wrong(tmp_path, files, libcuda, build, texts):
+    plant(tmp_path, **files)
+    line = gpu.diagnose(root=tmp_path, libcuda=libcuda, python_path=[str(tmp_path / "site")], build=build)
+    assert "\n" not in line
+    assert [text for text in texts if text not in line] == [], line
+
+
+def test_the_gpu_diagnosis_of_this_machine_agrees_with_its_tensorflow():
+    tf = pytest.importorskip("tensorflow")
+    line = gpu.diagnose()
+    assert ("built with CUDA" in line) == tf.test.is_built_with_cuda()
+    assert ("hardware: yes" in line) == gpu.has_nvidia_hardware()

@@ -1,0 +1,59 @@
+"""What `auto` becomes, and what a machine that cannot do what was asked says."""
+
+import pytest
+import tensorflow as tf
+
+from tests.support.images import write_images
+from tests.support.processes import run_command
+from trainer.errors import UserError
+from trainer.runtime import devices
+from trainer.runtime.devices import Devices
+
+ONE = Devices(tf.distribute.get_strategy(), "CPU", ("CPU:0",), 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu sse avx512f", "float32"),
+        ("fpu avx512_bf16 sse", "mixed_bfloat16"),
+        ("fpu amx_bf16 amx_tile", "mixed_bfloat16"),
+    ],
+)
+def test_precision_follows_the_processor_and_says_why(tmp_path, flags, expected):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t: none\n")
+    chosen, reason = devices.choose_precision("auto", "CPU", cpuinfo=str(tmp_path / "cpuinfo"))
+    assert chosen == expected
+    assert "processor" in reason
+
+
+def test_precision_that_was_asked_for_is_taken_and_an_unknown_machine_gets_float32(tmp_path):
+    assert devices.choose_precision("mixed_float16", "CPU")[0] == "mixed_float16"
+    assert devices.choose_precision("auto", "CPU", cpuinfo=str(tmp_path / "none"))[0] == "float32"
+    assert devices.choose_precision("auto", "TPU")[0] == "mixed_bfloat16"
+
+
+def test_xla_compiles_on_one_gpu_and_is_refused_where_replicas_exchange_batch_statistics():
+    gpu = ONE._replace(kind="GPU")
+    several = gpu._replace(replicas=2, local_replicas=2)
+    assert devices.use_xla("auto", gpu, trains_statistics=True)
+    assert devices.use_xla("on", ONE, trains_statistics=True)
+    assert devices.use_xla("on", several, trains_statistics=False)
+    assert not devices.use_xla("auto", ONE, trains_statistics=False)
+    assert not devices.use_xla("off", gpu, trains_statistics=False)
+    assert not devices.use_xla("auto", several, trains_statistics=False)
+    with pytest.raises(UserError, match="--xla=on with 2 replicas"):
+        devices.use_xla("on", several, trains_statistics=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="this machine has a GPU")
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_diagnosed(tmp_path):
+    images = write_images(tmp_path / "pictures", {"a": 20, "b": 20})
+    answer = run_command(
+        "trainer.task", f"--data_dir={images}", f"--job_dir={tmp_path / 'job'}", "--batch_size=8", "--require_gpu"
+    )
+    assert answer.returncode == 2, answer.stderr
+    assert "--require_gpu is set, but TensorFlow sees no GPU" in answer.stderr
+    assert "To do:" in answer.stderr
+    assert "Traceback" not in answer.stderr
