@@ -52,12 +52,14 @@ def _emulator():
 
 
 @pytest.fixture
-def bucket_url(_emulator, request):
-    """The address of a new bucket in an emulator without faults; `bucket_url.emulator` injects them."""
+def bucket_url(_emulator, request, monkeypatch):
+    """The URL of a new bucket in an emulator without faults, with short retry delays; `.emulator` injects faults."""
+    from trainer.storage import gcs
+
+    monkeypatch.setattr(gcs, "_FIRST_DELAY_SECS", 0.01)
+    monkeypatch.setattr(gcs, "_MAX_DELAY_SECS", 0.1)
+    monkeypatch.setattr(gcs._retries, "timeout_secs", 20.0)
     _emulator.control(faults=[], delay=0.0, forget=True)
     name = re.sub("[^a-z0-9]+", "-", request.node.name.lower())[:50].strip("-")
-    url = gcs_emulator.Url(f"gs://{name}-{next(_bucket_numbers)}")
-    url.emulator = _emulator
-    _emulator.make_bucket(url.removeprefix("gs://"))
-    yield url
+    yield gcs_emulator.BucketUrl(f"{name}-{next(_bucket_numbers)}", _emulator)
     _emulator.control(faults=[], delay=0.0)

@@ -1,9 +1,9 @@
-"""What tells a mistake that the user can mend from a failure that a restart may mend."""
+"""Separates errors that the user must fix from failures that a restart may resolve."""
 
 
 class UserError(ValueError):
     """The user must change something: flags, data, permissions.
 
-    A command that meets it prints its text as one line and ends with exit code 2, which the platforms are told
-    not to retry. The text says what came, what was expected and what to do.
+    A command prints the message as one line and exits with code 2, which the deployment manifests do not retry. The
+    message says what was passed, what was expected and what to do.
     """

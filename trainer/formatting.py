@@ -1,9 +1,9 @@
-"""Numbers and names as people read them."""
+"""Formats numbers and names for people."""
 
 
-def percent(share: float | None, digits: int = 0) -> str:
-    """A share as `12 %`, with a space that does not break; a dash for None."""
-    return "\u2013" if share is None else f"{100 * share:.{digits}f}\u00a0%".replace("-", "\u2212")
+def percent(fraction: float | None, digits: int = 0) -> str:
+    """A fraction as `12 %`, with a no-break space and a minus sign; an en dash for None."""
+    return "\u2013" if fraction is None else f"{100 * fraction:.{digits}f}\u00a0%".replace("-", "\u2212")
 
 
 def duration(seconds: float) -> str:
@@ -19,5 +19,5 @@ def duration(seconds: float) -> str:
 
 
 def shorten(name: str, length: int) -> str:
-    """At most `length` characters, the middle left out: names of many classes differ at either end."""
+    """At most `length` characters of a name, without its middle: the names of many classes differ at either end."""
     return name if len(name) <= length else f"{name[: length // 2]}…{name[len(name) - (length - 1) // 2 :]}"

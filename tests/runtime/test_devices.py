@@ -1,4 +1,6 @@
-"""What `auto` becomes, and what a machine that cannot do what was asked says."""
+"""What --precision=auto and --xla=auto resolve to, and what a machine refuses."""
+
+import dataclasses
 
 import pytest
 import tensorflow as tf
@@ -20,22 +22,22 @@ ONE = Devices(tf.distribute.get_strategy(), "CPU", ("CPU:0",), 1, 1, 0)
         ("fpu amx_bf16 amx_tile", "mixed_bfloat16"),
     ],
 )
-def test_precision_follows_the_processor_and_says_why(tmp_path, flags, expected):
+def test_precision_depends_on_the_processor(tmp_path, flags, expected):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t: none\n")
     chosen, reason = devices.choose_precision("auto", "CPU", cpuinfo=str(tmp_path / "cpuinfo"))
     assert chosen == expected
     assert "processor" in reason
 
 
-def test_precision_that_was_asked_for_is_taken_and_an_unknown_machine_gets_float32(tmp_path):
+def test_an_explicit_precision_is_used_and_the_fallback_is_float32(tmp_path):
     assert devices.choose_precision("mixed_float16", "CPU")[0] == "mixed_float16"
     assert devices.choose_precision("auto", "CPU", cpuinfo=str(tmp_path / "none"))[0] == "float32"
     assert devices.choose_precision("auto", "TPU")[0] == "mixed_bfloat16"
 
 
-def test_xla_compiles_on_one_gpu_and_is_refused_where_replicas_exchange_batch_statistics():
-    gpu = ONE._replace(kind="GPU")
-    several = gpu._replace(replicas=2, local_replicas=2)
+def test_xla_is_refused_where_replicas_exchange_statistics():
+    gpu = dataclasses.replace(ONE, kind="GPU")
+    several = dataclasses.replace(gpu, replicas=2, local_replicas=2)
     assert devices.use_xla("auto", gpu, trains_statistics=True)
     assert devices.use_xla("on", ONE, trains_statistics=True)
     assert devices.use_xla("on", several, trains_statistics=False)
@@ -48,12 +50,12 @@ def test_xla_compiles_on_one_gpu_and_is_refused_where_replicas_exchange_batch_st
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="this machine has a GPU")
-def test_a_gpu_that_was_asked_for_and_is_not_there_is_diagnosed(tmp_path):
-    images = write_images(tmp_path / "pictures", {"a": 20, "b": 20})
-    answer = run_command(
+def test_a_required_gpu_that_is_missing_is_diagnosed(tmp_path):
+    images = write_images(tmp_path / "images", {"a": 20, "b": 20})
+    result = run_command(
         "trainer.task", f"--data_dir={images}", f"--job_dir={tmp_path / 'job'}", "--batch_size=8", "--require_gpu"
     )
-    assert answer.returncode == 2, answer.stderr
-    assert "--require_gpu is set, but TensorFlow sees no GPU" in answer.stderr
-    assert "To do:" in answer.stderr
-    assert "Traceback" not in answer.stderr
+    assert result.returncode == 2, result.stderr
+    assert "--require_gpu is set, but TensorFlow sees no GPU" in result.stderr
+    assert "To do:" in result.stderr
+    assert "Traceback" not in result.stderr

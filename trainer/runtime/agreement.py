@@ -9,7 +9,7 @@ from trainer.runtime.devices import Devices
 
 
 def find_mismatched_replica(description: str, devices: Devices) -> int | None:
-    """Index of the first replica, over all workers, whose `description` differs from that of replica 0; None if none does.
+    """Index of the first replica of all workers whose `description` differs from that of replica 0, None if all agree.
 
     A collective operation: every worker must call it at the same point.
     """

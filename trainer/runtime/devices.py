@@ -1,7 +1,7 @@
-"""Which devices, which tf.distribute strategy, which precision, and whether XLA compiles: chosen once, with reasons."""
+"""Chooses the devices, the tf.distribute strategy, the precision and XLA compilation, once per process."""
 
+import dataclasses
 from pathlib import Path
-from typing import NamedTuple
 
 import tensorflow as tf
 from absl import logging
@@ -10,9 +10,20 @@ from trainer.errors import UserError
 from trainer.runtime import gpu
 from trainer.runtime.cluster import Cluster
 
+# What a collective operation raises if a worker at its other end is gone.
+LOST_WORKER_ERRORS = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.InternalError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.FailedPreconditionError,
+)
 
-class Devices(NamedTuple):
-    """What this worker computes on. Replicas are numbered over all workers, in the order of their indices."""
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of this worker. Replicas are numbered over all workers, in the order of the workers' indices."""
 
     strategy: tf.distribute.Strategy
     kind: str  # GPU, TPU or CPU
@@ -25,12 +36,12 @@ class Devices(NamedTuple):
 def start(cluster: Cluster, *, require_gpu: bool) -> Devices:
     """Creates the strategy: none for one device, Mirrored for several, MultiWorkerMirrored for several hosts.
 
-    It must come before anything else touches TensorFlow: collective operations are configured at program start
-    (tensorflow#55178). For several hosts TF_CONFIG must be set. Raises UserError if a GPU was asked for and none is seen.
+    Call it before any other TensorFlow operation: collective operations are configured at program start
+    (tensorflow#55178). Several hosts need TF_CONFIG. Raises UserError if `require_gpu` and TensorFlow sees no GPU.
     """
     gpus = tf.config.list_physical_devices("GPU")
     _check_gpus(gpus, require_gpu)
-    for device in gpus:  # leave memory to other processes of the same machine until it is needed
+    for device in gpus:  # leaves unused memory to other processes
         tf.config.experimental.set_memory_growth(device, True)
     kind = "GPU" if gpus else "CPU"
     if cluster.workers > 1:
@@ -42,12 +53,19 @@ def start(cluster: Cluster, *, require_gpu: bool) -> Devices:
     elif len(tf.config.list_logical_devices(kind)) > 1:
         strategy = tf.distribute.MirroredStrategy([device.name for device in tf.config.list_logical_devices(kind)])
     else:
-        # MirroredStrategy over one device would only switch XLA off.
+        # MirroredStrategy over one device would only disable XLA.
         strategy = tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync
     local_replicas = replicas // cluster.workers
     names = tuple(device.name for device in tf.config.list_logical_devices(kind))
-    return Devices(strategy, kind, names, replicas, local_replicas, cluster.index * local_replicas)
+    return Devices(
+        strategy=strategy,
+        kind=kind,
+        names=names,
+        replicas=replicas,
+        local_replicas=local_replicas,
+        first_replica=cluster.index * local_replicas,
+    )
 
 
 def _check_gpus(gpus: list, require_gpu: bool) -> None:
@@ -64,9 +82,9 @@ def _check_gpus(gpus: list, require_gpu: bool) -> None:
 
 
 def choose_precision(flag: str, kind: str, *, cpuinfo: str = "/proc/cpuinfo") -> tuple[str, str]:
-    """The Keras dtype policy for --precision, and the reason for it. `cpuinfo` is where Linux tells of the processor."""
+    """The Keras dtype policy for --precision, and the reason for it. `cpuinfo` describes the processor on Linux."""
     if flag != "auto":
-        return flag, "asked for by --precision"
+        return flag, "set by --precision"
     if kind == "GPU":
         details = [
             tf.config.experimental.get_device_details(device) for device in tf.config.list_physical_devices("GPU")
@@ -75,7 +93,7 @@ def choose_precision(flag: str, kind: str, *, cpuinfo: str = "/proc/cpuinfo") ->
         version = ".".join(map(str, capability))
         if capability >= (7, 0):
             return "mixed_float16", f"the GPU has tensor cores (compute capability {version}, 7.0 or above)"
-        return "float32", f"the GPU's compute capability is {version}: half precision pays from 7.0 on"
+        return "float32", f"the GPU's compute capability is {version}: half precision is faster from 7.0 on"
     if kind == "TPU":
         return "mixed_bfloat16", "a TPU computes in bfloat16"
     features = set(_processor_flags(cpuinfo)) & {"avx512_bf16", "amx_bf16"}
@@ -87,21 +105,21 @@ def choose_precision(flag: str, kind: str, *, cpuinfo: str = "/proc/cpuinfo") ->
 def _processor_flags(cpuinfo: str) -> list[str]:
     try:
         lines = Path(cpuinfo).read_text().splitlines()
-    except OSError:  # not Linux: nothing is known, so nothing is assumed
+    except OSError:  # not Linux
         return []
     return next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
 
 
 def use_xla(flag: str, devices: Devices, *, trains_statistics: bool) -> bool:
-    """Whether each replica's forward and backward pass is compiled by XLA: `auto` is on for one GPU only.
+    """Whether XLA compiles the forward and backward pass of each replica: `auto` is on for one GPU only.
 
-    On the CPU XLA was measured slower; over several GPUs nothing was measured, so there it waits for `on`. The sums over
-    the replicas stay outside of what is compiled, but for batch statistics that are trained, which replicas exchange
-    within the forward pass and XLA cannot: `--xla=on` raises UserError there.
+    XLA was measured slower on the CPU and was not measured on several GPUs. The all-reduce of gradients is outside of
+    the compiled function. Trained batch statistics are exchanged between replicas within the forward pass, which XLA
+    cannot compile: `--xla=on` raises UserError for them.
     """
     if flag == "on" and devices.replicas > 1 and trains_statistics:
         raise UserError(
-            f"--xla=on with {devices.replicas} replicas that exchange the statistics of batch normalisation, which XLA "
+            f"--xla=on with {devices.replicas} replicas that exchange the statistics of batch normalization, which XLA "
             "cannot compile: pass --batch_norm=frozen, or --xla=auto."
         )
     return flag == "on" or (flag == "auto" and devices.kind == "GPU" and devices.replicas == 1)

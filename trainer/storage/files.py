@@ -1,7 +1,7 @@
-"""Files that are whole or absent, on a local disk and in a bucket alike. No TensorFlow.
+"""Reads and atomic writes of files, with one interface for local disks and buckets. Does not import TensorFlow.
 
-Local paths go through the operating system, gs:// through trainer.bucket, which is imported only then: a job without a
-bucket waits for no library of one. All functions raise OSError.
+Paths that start with gs:// go through trainer.storage.gcs, which is imported when the first one is used: a job
+without a bucket does not load google-cloud-storage. All functions raise OSError.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
-# What reading a damaged .npz file raises: its zip frame, the CRC-32 or the header of an array, the end too early.
+# Raised when a damaged .npz file is read: by its zip structure, the CRC-32 or header of an array, or an early end.
 CORRUPT_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError)
 
 
@@ -32,34 +32,34 @@ def _gcs() -> ModuleType:
 
 
 def is_remote(path: str) -> bool:
-    """Whether the path is an address such as gs://bucket/name."""
+    """Whether the path is a URL such as gs://bucket/name."""
     return "://" in path
 
 
 def retry_count() -> int:
-    """How many requests to a bucket had to be made again so far."""
+    """Number of requests to a bucket that this process had to retry."""
     module = sys.modules.get("trainer.storage.gcs")
     return module.retry_count() if module else 0
 
 
 def join(directory: str, name: str) -> str:
-    """The path of a name in a folder."""
+    """The path of `name` in a folder."""
     return f"{directory.rstrip('/')}/{name}" if is_remote(directory) else os.path.join(directory, name)
 
 
 def read(path: str) -> bytes | None:
-    """The bytes of a file, or None if there is no such file. Raises OSError for the rest."""
+    """The contents of a file, or None if it does not exist. Raises OSError for other failures."""
     try:
         if is_remote(path):
             return _gcs().read(path)
         with open(path, "rb") as file:
             return file.read()
-    except (FileNotFoundError, NotADirectoryError):  # the latter where a file stands in the place of the folder
+    except (FileNotFoundError, NotADirectoryError):  # the latter where a parent is a file
         return None
 
 
 def read_existing(path: str) -> bytes:
-    """The bytes of a file that is there. Raises OSError, FileNotFoundError if it is not."""
+    """The contents of a file. Raises OSError, FileNotFoundError if it does not exist."""
     contents = read(path)
     if contents is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -67,15 +67,15 @@ def read_existing(path: str) -> bytes:
 
 
 def content_hash(path: str) -> str | None:
-    """The MD5 of a file as hex, which a bucket knows without its being read; None if there is no such file."""
-    if is_remote(path) and (known := _gcs().stat(path)) and known.content_hash:
-        return known.content_hash
+    """The MD5 of a file as hex, None if it does not exist. A bucket stores it, so an object is rarely downloaded."""
+    if is_remote(path) and (info := _gcs().stat(path)) and info.content_hash:
+        return info.content_hash
     contents = read(path)
     return None if contents is None else hashlib.md5(contents, usedforsecurity=False).hexdigest()
 
 
 def read_range(path: str, start: int, end: int) -> bytes | None:
-    """The bytes of a file from `start` up to and without `end`, or None if there is no such file."""
+    """The bytes of a file from `start` to `end`, exclusive, or None if the file does not exist."""
     try:
         if is_remote(path):
             return _gcs().read(path, start=start, end=end)
@@ -87,14 +87,14 @@ def read_range(path: str, start: int, end: int) -> bytes | None:
 
 
 def parallel(function: Callable, values: Iterable, *, workers: int = 16) -> list:
-    """[function(value) for each], so many at once."""
+    """`[function(value) for value in values]`, computed on `workers` threads."""
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(function, values))
 
 
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
-    """A local path with what lies at `path`, a file or a folder: itself, or a copy for the block."""
+    """A local path of the file or folder at `path`: the path itself, or a copy that exists during the block."""
     if not is_remote(path):
         yield path
         return
@@ -110,32 +110,32 @@ def local_copy(path: str) -> Iterator[str]:
 
 
 def read_json(path: str) -> Any:
-    """The value in a JSON file, or None if there is no such file."""
+    """The value in a JSON file, or None if the file does not exist."""
     contents = read(path)
     return None if contents is None else json.loads(contents)
 
 
 def atomic_write(path: str, contents: bytes | memoryview | str) -> None:
-    """Writes `contents` (str as UTF-8) under another name, then gives it its own: a reader never sees half of it.
+    """Writes `contents` (str as UTF-8) to a temporary file and renames it: a reader never sees a partial file.
 
-    Raises OSError, and then leaves what stood there before.
+    Raises OSError, and then leaves the previous file unchanged.
     """
     contents = contents.encode() if isinstance(contents, str) else contents
     if is_remote(path):
-        _gcs().write(path, contents)  # an object appears when all of it is there
+        _gcs().write(path, contents)  # an object appears when its upload is complete
         return
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(contents)
 
 
 def write_json(path: str, value: object) -> None:
-    """Writes a value as indented JSON, whole or not at all."""
+    """Writes a value as indented JSON; atomic."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def atomic_path(path: str) -> Iterator[str]:
-    """A local name to write a file to; it becomes `path` when the block ends well, and vanishes when it does not."""
+    """A local path to write a file to. It becomes `path` at the end of the block; deleted if the block raises."""
     if is_remote(path):
         with tempfile.TemporaryDirectory() as directory:
             temporary = os.path.join(directory, os.path.basename(path))
@@ -147,7 +147,7 @@ def atomic_path(path: str) -> Iterator[str]:
     try:
         yield temporary
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # or the new name may survive a power cut and the bytes may not
+            os.fsync(file.fileno())  # otherwise a power failure can keep the new name and lose the contents
         rename(temporary, path)
     finally:
         if exists(temporary):
@@ -155,22 +155,22 @@ def atomic_path(path: str) -> Iterator[str]:
 
 
 def preallocate(path: str, size: int) -> None:
-    """Takes `size` bytes for a local file that a library will write, or raises OSError, where the system can (Linux).
+    """Reserves `size` bytes for a local file that a library will write, where the system supports it (Linux).
 
-    HDF5 does not raise where the disk is full: it ends the process, so that it must not come to that.
+    Raises OSError if the disk is full. HDF5 itself does not raise on a full disk: it ends the process.
     """
     if hasattr(os, "posix_fallocate"):
         with open(path, "wb") as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # these say that the filesystem cannot
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # both mean: not supported by the filesystem
                     raise
 
 
 @contextlib.contextmanager
 def atomic_directory(directory: str) -> Iterator[str]:
-    """As `whole`, for a folder; it takes the place of the one that may stand there."""
+    """As `atomic_path`, for a folder; it replaces an existing folder."""
     if is_remote(directory):
         with tempfile.TemporaryDirectory() as parent:
             temporary = os.path.join(parent, os.path.basename(directory.rstrip("/")))
@@ -181,10 +181,10 @@ def atomic_directory(directory: str) -> Iterator[str]:
     try:
         yield temporary
         if exists(directory):
-            before = _temporary_name(directory + ".before")
-            rename(directory, before)
+            previous = _temporary_name(directory + ".before")
+            rename(directory, previous)
             rename(temporary, directory)
-            shutil.rmtree(before)
+            shutil.rmtree(previous)
         else:
             make_directory(os.path.dirname(directory))
             rename(temporary, directory)
@@ -194,7 +194,7 @@ def atomic_directory(directory: str) -> Iterator[str]:
 
 
 def upload_changed_files(directory: str, path: str, sizes: dict[str, int]) -> None:
-    """Copies the files below a local folder that have grown since `sizes`, which is brought up to date, to gs://."""
+    """Copies the files below a local folder whose size differs from `sizes` to `path`, and updates `sizes` in place."""
     for root, _, names in os.walk(directory):
         for name in names:
             file = os.path.join(root, name)
@@ -205,45 +205,56 @@ def upload_changed_files(directory: str, path: str, sizes: dict[str, int]) -> No
 
 
 def _temporary_name(path: str) -> str:
-    """A hidden name beside `path` with the same ending, of this thread of this process alone."""
+    """A hidden name in the same folder, with the same file extension, unique to this thread of this process."""
     directory, name = os.path.split(path)
     return os.path.join(directory, f".{os.getpid()}-{threading.get_ident()}-{name}")
 
 
 def remove_partial_files(directory: str) -> None:
-    """Deletes what writers that were killed half-way left in `directory`, where nobody else may be writing.
+    """Deletes the temporary files of killed writers. No other process may be writing to `directory`.
 
-    In a bucket nothing is left: an object appears when all of it is there.
+    A bucket has none: an object appears when its upload is complete.
     """
-    for name in [] if is_remote(directory) else list_names(directory):
+    if is_remote(directory):
+        return
+    for name in list_names(directory):
         if re.match(r"\.\d+-\d+-", name):
             path = os.path.join(directory, name)
-            (shutil.rmtree if os.path.isdir(path) else os.remove)(path)
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or a folder."""
+    """Whether the file or folder exists."""
     return _gcs().exists(path) if is_remote(path) else os.path.exists(path)
 
 
 def rename(path: str, new_path: str) -> None:
-    """Gives a file or folder a new name, a file over the one that may stand there; in a bucket a file only."""
-    (_gcs().rename if is_remote(path) else os.replace)(path, new_path)
+    """Renames a file or folder and replaces an existing file; in a bucket, files only."""
+    if is_remote(path):
+        _gcs().rename(path, new_path)
+    else:
+        os.replace(path, new_path)
 
 
 def remove(path: str) -> None:
     """Deletes a file."""
-    (_gcs().remove if is_remote(path) else os.remove)(path)
+    if is_remote(path):
+        _gcs().remove(path)
+    else:
+        os.remove(path)
 
 
 def make_directory(directory: str) -> None:
-    """Makes a folder and those above it, where they are not there yet; a bucket has none."""
+    """Creates a folder and its parents where they do not exist; no operation in a bucket, which has no folders."""
     if directory and not is_remote(directory):
         os.makedirs(directory, exist_ok=True)
 
 
 def list_names(directory: str) -> list[str]:
-    """The names in a folder, without slashes; none where there is no such folder."""
+    """The names in a folder, without slashes; empty if the folder does not exist."""
     if is_remote(directory):
         return _gcs().list_names(directory)
     return os.listdir(directory) if os.path.isdir(directory) else []

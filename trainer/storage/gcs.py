@@ -1,12 +1,14 @@
-"""Google Cloud Storage beyond what tf.data reads: listing with hashes, checked transfers, conditions, retries, reasons.
+"""Google Cloud Storage beyond what tf.data reads: listings with hashes, verified transfers, preconditions and retries.
 
-Every call that fails in passing (429, 5xx, a connection that breaks, an answer that never comes, a checksum that does not
-fit) is made again after growing pauses, for PATIENCE_SECONDS in all, and counted. What is left are OSErrors that say what
-to do: FileNotFoundError, PermissionError (401 and 403), and TimeoutError where a later start may help. No TensorFlow.
+Transient failures (429, 5xx, a broken connection, a timeout, a checksum mismatch) are retried with exponential backoff
+until the retry timeout (set_retry_timeout) and counted (retry_count). Other failures are raised as OSErrors whose
+`strerror` says what to do: FileNotFoundError, PermissionError (401 and 403), and TimeoutError where a later start may
+succeed. Does not import TensorFlow.
 """
 
 import base64
 import contextlib
+import dataclasses
 import errno
 import functools
 import os
@@ -26,214 +28,230 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 
 from trainer.errors import UserError
 
-PARALLEL_TRANSFERS = 16  # objects of a tree at once
+PARALLEL_TRANSFERS = 16  # objects of one tree
 
-
-_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 20.0
-
-
+_FIRST_DELAY_SECS = 0.5
+_MAX_DELAY_SECS = 20.0
 _LOG_AFTER_RETRIES = 4
-
-
-_INDEX = "saved_model.pb"  # without it no reader takes a folder for a SavedModel
-
-
-_VIEWER, _USER = "roles/storage.objectViewer", "roles/storage.objectUser"
+_SAVED_MODEL_INDEX = "saved_model.pb"  # TensorFlow recognizes a SavedModel by this file
+_VIEWER_ROLE = "roles/storage.objectViewer"
+_USER_ROLE = "roles/storage.objectUser"
+_NO_BUCKET = "no such bucket: check the name, or create it with `gcloud storage buckets create`"
 
 
 class ObjectInfo(NamedTuple):
-    """What a listing tells of an object; `content_hash` is its MD5 as hex, empty where the bucket keeps none."""
+    """Metadata of an object; `content_hash` is its MD5 as hex, empty where the bucket stores none."""
 
     num_bytes: int
     content_hash: str
     generation: int
-    updated: Any = None  # datetime by the bucket's clock
 
 
-class _State:
-    """Of this process: how long to keep trying, and how often it had to."""
+@dataclasses.dataclass
+class _Retries:
+    """State of this process."""
 
-    lock = threading.Lock()
-    patience_seconds = 300.0
-    retries = 0
+    timeout_secs: float = 300.0
+    count: int = 0
 
 
-def set_retry_timeout(seconds: float) -> None:
-    """How long a call is tried again before it ends in TimeoutError; 300 s unless told."""
-    _State.patience_seconds = seconds
+_retries = _Retries()
+_retries_lock = threading.Lock()
+
+
+def set_retry_timeout(timeout_secs: float) -> None:
+    """Sets how long a call is retried before it raises TimeoutError; the default is 300 s."""
+    _retries.timeout_secs = timeout_secs
 
 
 def retry_count() -> int:
-    """How many calls had to be made again so far in this process."""
-    return _State.retries
+    """Number of retries in this process."""
+    return _retries.count
 
 
 def split_url(path: str) -> tuple[str, str]:
     """gs://bucket/name -> (bucket, name). Raises UserError for other schemes."""
     if not path.startswith("gs://"):
-        raise UserError(f"{path} is not an address that can be read: pass a local path or gs://bucket/name.")
-    name, _, rest = path.removeprefix("gs://").partition("/")
-    if not name:
+        raise UserError(f"{path} has a scheme that is not supported: pass a local path or gs://bucket/name.")
+    bucket, _, name = path.removeprefix("gs://").partition("/")
+    if not bucket:
         raise UserError(f"{path} names no bucket: pass gs://bucket/name.")
-    return name, rest
+    return bucket, name
 
 
 def read(path: str, *, start: int | None = None, end: int | None = None) -> bytes:
-    """An object's bytes, or those from `start` up to and without `end`; a whole one is checked by its checksum."""
-    whole = start is None and end is None
+    """An object's contents, with their checksum verified, or the bytes from `start` to `end`, exclusive."""
+    is_complete = start is None and end is None
 
     def download() -> bytes:
-        options = {"checksum": "auto" if whole else None, **_options()}
-        return _blob(path).download_as_bytes(start=start, end=None if end is None else end - 1, **options)
+        return _blob(path).download_as_bytes(
+            start=start,
+            end=None if end is None else end - 1,
+            checksum="auto" if is_complete else None,
+            **_request_options(),
+        )
 
-    return _call(path, _VIEWER, download)
+    return _call(path, _VIEWER_ROLE, download)
 
 
 def write(
-    path: str, contents: bytes | memoryview, *, generation: int | None = None, patience_seconds: float | None = None
+    path: str, contents: bytes | memoryview, *, generation: int | None = None, timeout_secs: float | None = None
 ) -> ObjectInfo:
-    """Makes an object of the bytes: it appears whole or not at all, and its checksum was compared.
+    """Writes an object and verifies its checksum; atomic.
 
-    With a `generation` (0: none) only in place of that one; raises FileExistsError if another stands there.
+    With a `generation`, replaces only that generation of the object (0: only creates it) and raises FileExistsError if
+    the current one differs.
     """
     contents = bytes(contents)
     checksum = base64.b64encode(google_crc32c.Checksum(contents).digest()).decode()
 
     def upload() -> ObjectInfo:
         blob = _blob(path)
-        blob.upload_from_string(contents, if_generation_match=generation, checksum="auto", **_options())
+        blob.upload_from_string(contents, if_generation_match=generation, checksum="auto", **_request_options())
         if blob.crc32c != checksum or blob.size != len(contents):
-            raise requests.ConnectionError(f"{path} arrived as {blob.size} bytes, {blob.crc32c}, not as {checksum}")
-        return _object(blob)
+            raise requests.ConnectionError(f"{path} has {blob.size} bytes, {blob.crc32c}; expected {checksum}")
+        return _object_info(blob)
 
-    return _call(path, _USER, upload, missing=_NO_BUCKET, patience_seconds=patience_seconds)
+    return _call(path, _USER_ROLE, upload, missing=_NO_BUCKET, timeout_secs=timeout_secs)
 
 
 def upload_tree(directory: str, url: str) -> None:
-    """Uploads the files below a local folder, saved_model.pb last and gone first: a reader finds a whole tree or none."""
-    files = [os.path.join(root, name) for root, _, names in os.walk(directory) for name in names]
-    names = [os.path.relpath(file, directory) for file in files]
-    index = [name for name in names if "/" not in name]
-    others = [name for name in names if "/" in name]
-    before = list_tree(url)
-    for name in sorted(set(before) - set(others), key=lambda name: (name != _INDEX, name)):
-        remove(f"{url}/{name}")
+    """Uploads a local folder and deletes the other objects at `url`.
+
+    saved_model.pb is deleted first and uploaded last: a reader finds a complete SavedModel or none.
+    """
+    paths = [os.path.join(root, name) for root, _, names in os.walk(directory) for name in names]
+    names = [os.path.relpath(path, directory) for path in paths]
+    top_level = [name for name in names if "/" not in name]
+    nested = [name for name in names if "/" in name]
+    for name in sorted(set(list_tree(url)) - set(nested), key=lambda name: (name != _SAVED_MODEL_INDEX, name)):
+        remove(_child(url, name))
 
     def upload(name: str) -> None:
         with open(os.path.join(directory, name), "rb") as file:
-            write(f"{url}/{name}", file.read())
+            write(_child(url, name), file.read())
 
     with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
-        list(pool.map(upload, others))
-    for name in sorted(index, key=lambda name: (name == _INDEX, name)):
+        list(pool.map(upload, nested))
+    for name in sorted(top_level, key=lambda name: (name == _SAVED_MODEL_INDEX, name)):
         upload(name)
 
 
 def download_tree(url: str, directory: str) -> None:
-    """Downloads all objects below an address to a local folder."""
+    """Downloads all objects below `url` to a local folder."""
 
     def download(name: str) -> None:
         path = os.path.join(directory, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
-            file.write(read(f"{url}/{name}"))
+            file.write(read(_child(url, name)))
 
     with ThreadPoolExecutor(PARALLEL_TRANSFERS) as pool:
         list(pool.map(download, [name for name in list_tree(url) if not name.endswith("/")]))
 
 
-def list_tree(directory: str) -> dict[str, ObjectInfo]:
-    """Every object below an address, by its name relative to it, in order; one request for each 1,000 of them.
+def list_tree(url: str) -> dict[str, ObjectInfo]:
+    """All objects below `url` by their relative names, sorted; one request per 1,000 objects.
 
-    Placeholders of empty folders end in a slash. Raises FileNotFoundError if there is no such bucket.
+    Placeholders of empty folders end with a slash. Raises FileNotFoundError if the bucket does not exist.
     """
-    bucket, name = split_url(directory)
+    bucket, name = split_url(url)
     prefix = name.rstrip("/") + "/" if name else ""
-    found: dict[str, ObjectInfo] = {}
-    token = ""
-    while token is not None:  # page by page, so that a page that fails is all that has to be asked for again
-        page, token = _call(
-            directory, _VIEWER, functools.partial(_list_page, bucket, prefix, token), missing=_NO_BUCKET
-        )
-        found |= {name.removeprefix(prefix): known for name, known in page.items() if name != prefix}
-    return {name: found[name] for name in sorted(found)}
+    objects: dict[str, ObjectInfo] = {}
+    page_token: str | None = ""
+    while page_token is not None:  # one call per page: a failure repeats one page, not the listing
+        list_page = functools.partial(_list_page, bucket, prefix, page_token)
+        page, page_token = _call(url, _VIEWER_ROLE, list_page, missing=_NO_BUCKET)
+        objects |= {name.removeprefix(prefix): info for name, info in page.items() if name != prefix}
+    return {name: objects[name] for name in sorted(objects)}
 
 
-def _list_page(bucket: str, prefix: str, token: str, size: int = 1000) -> tuple[dict[str, ObjectInfo], str | None]:
-    fields = "items(name,size,md5Hash,generation,updated),nextPageToken"
+def _list_page(
+    bucket: str, prefix: str, page_token: str = "", page_size: int = 1000
+) -> tuple[dict[str, ObjectInfo], str | None]:
+    """Objects by name, and the token of the next page, None after the last one."""
     listing = _client().list_blobs(
-        bucket, prefix=prefix, fields=fields, page_size=size, page_token=token or None, **_options()
+        bucket,
+        prefix=prefix,
+        fields="items(name,size,md5Hash,generation),nextPageToken",
+        page_size=page_size,
+        page_token=page_token or None,
+        **_request_options(),
     )
-    page = {blob.name: _object(blob) for blob in next(listing.pages, ())}
+    page = {blob.name: _object_info(blob) for blob in next(listing.pages, ())}
     return page, listing.next_page_token
 
 
-def list_names(directory: str) -> list[str]:
-    """Names of the objects directly below an address, and of the folders there, without slashes."""
-    return sorted({name.split("/")[0] for name in list_tree(directory)})
+def list_names(url: str) -> list[str]:
+    """Names of the objects and folders directly below `url`, without slashes."""
+    return sorted({name.split("/")[0] for name in list_tree(url)})
 
 
 def stat(path: str) -> ObjectInfo | None:
-    """What is known of an object, None if there is none."""
+    """Metadata of an object, None if it does not exist."""
 
     def get() -> ObjectInfo:
         blob = _blob(path)
-        blob.reload(**_options())
-        return _object(blob)
+        blob.reload(**_request_options())
+        return _object_info(blob)
 
     try:
-        return _call(path, _VIEWER, get)
+        return _call(path, _VIEWER_ROLE, get)
     except FileNotFoundError:
         return None
 
 
 def exists(path: str) -> bool:
-    """Whether there is an object of that name, or any below it."""
+    """Whether there is an object with that name, or one below it."""
     bucket, name = split_url(path)
     prefix = name.rstrip("/") + "/" if name else ""
-    below = functools.partial(_list_page, bucket, prefix, "", 1)
-    return bool(name and stat(path)) or bool(_call(path, _VIEWER, below, missing=_NO_BUCKET)[0])
+    list_first = functools.partial(_list_page, bucket, prefix, page_size=1)
+    return bool(name and stat(path)) or bool(_call(path, _VIEWER_ROLE, list_first, missing=_NO_BUCKET)[0])
 
 
-def remove(path: str, *, generation: int | None = None, patience_seconds: float | None = None) -> None:
-    """Deletes an object; one that is gone already is no error, since the answer to the first attempt may be what was lost."""
+def remove(path: str, *, generation: int | None = None, timeout_secs: float | None = None) -> None:
+    """Deletes an object, with a `generation` only that one.
+
+    A missing object is not an error: a previous attempt may have deleted it before its response was lost.
+    """
     with contextlib.suppress(FileNotFoundError, FileExistsError):
-        delete = functools.partial(_blob(path).delete, if_generation_match=generation, **_options())
-        _call(path, _USER, delete, patience_seconds=patience_seconds)
+        delete = functools.partial(_blob(path).delete, if_generation_match=generation, **_request_options())
+        _call(path, _USER_ROLE, delete, timeout_secs=timeout_secs)
 
 
 def rename(path: str, new_path: str) -> None:
-    """Copies an object within the service under another name, then deletes the first."""
+    """Copies an object to another name within the service, then deletes the original."""
 
     def copy() -> None:
         token = None
         while True:
-            token, *_ = _blob(new_path).rewrite(_blob(path), token=token, **_options())
+            token, *_ = _blob(new_path).rewrite(_blob(path), token=token, **_request_options())
             if token is None:
                 return
 
-    _call(path, _USER, copy)
+    _call(path, _USER_ROLE, copy)
     remove(path)
 
 
 def check_readable(path: str, *, flag: str) -> None:
-    """Raises UserError if what lies at `path` cannot be listed: no such bucket, no login, no rights."""
+    """Raises UserError if `path` cannot be listed: bucket, credentials or permissions are missing."""
     bucket, prefix = split_url(path)
     with _as_user_error(path, flag):
-        _call(path, _VIEWER, functools.partial(_list_page, bucket, prefix, "", 1), missing=_NO_BUCKET)
+        _call(path, _VIEWER_ROLE, functools.partial(_list_page, bucket, prefix, page_size=1), missing=_NO_BUCKET)
 
 
 def check_writable(path: str, *, flag: str) -> None:
-    """Raises UserError if nothing can be written, read back and deleted below `path`."""
-    probe = f"{path.rstrip('/')}/.probe-{os.getpid()}-{threading.get_ident()}"
+    """Raises UserError unless an object below `path` can be written, read and deleted."""
+    probe = _child(path, f".probe-{os.getpid()}-{threading.get_ident()}")
     with _as_user_error(path, flag):
-        write(probe, b"written by a job's check of its rights; it can be deleted")
+        write(probe, b"Written by the permission check of a training job. It can be deleted.")
         read(probe)
         remove(probe)
 
 
 @contextlib.contextmanager
 def _as_user_error(path: str, flag: str) -> Iterator[None]:
+    """Raises a UserError for an OSError other than TimeoutError, after which a retry may succeed."""
     try:
         yield
     except TimeoutError:
@@ -242,44 +260,42 @@ def _as_user_error(path: str, flag: str) -> Iterator[None]:
         raise UserError(f"--{flag}={path}: {error.strerror}") from None
 
 
-_NO_BUCKET = "no such bucket: check the name, or make it with `gcloud storage buckets create`"
-
-
 def _call(
     path: str,
     role: str,
     function: Callable,
     *,
     missing: str = "no such object",
-    patience_seconds: float | None = None,
+    timeout_secs: float | None = None,
 ) -> Any:
-    """function(), again after each failure that may pass; other failures as OSErrors with a reason."""
-    attempts, seconds = 0, patience_seconds or _State.patience_seconds
+    """Returns function(), retried after transient failures; raises OSError with a reason for other failures."""
+    timeout_secs = timeout_secs or _retries.timeout_secs
+    attempts = 0
 
     def on_failure(error: Exception) -> None:
         nonlocal attempts
         attempts += 1
-        with _State.lock:
-            _State.retries += 1
+        with _retries_lock:
+            _retries.count += 1
         if attempts == _LOG_AFTER_RETRIES:
-            logging.warning("%s: %s; trying again for up to %.0f s.", path, _reason(error), seconds)
+            logging.warning("%s: %s; retrying for up to %.0f s.", path, _reason(error), timeout_secs)
 
     def attempt() -> Any:
         try:
             return function()
-        except DataCorruption as error:  # of a download: the next one may be whole
+        except DataCorruption as error:  # the library does not retry a download with a wrong checksum
             raise requests.ConnectionError(str(error)) from error
 
-    patience = DEFAULT_RETRY.with_delay(_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, 2.0).with_timeout(seconds)
+    retry = DEFAULT_RETRY.with_delay(_FIRST_DELAY_SECS, _MAX_DELAY_SECS, 2.0).with_timeout(timeout_secs)
     try:
-        return patience(attempt, on_error=on_failure)()
+        return retry(attempt, on_error=on_failure)()
     except exceptions.RetryError as error:
-        reason = f"no answer for {seconds:.0f} s ({_reason(error.cause)}); start again when it answers"
+        reason = f"unavailable for {timeout_secs:.0f} s ({_reason(error.cause)}); start again when it is available"
         raise TimeoutError(errno.ETIMEDOUT, reason, path) from error
     except exceptions.NotFound as error:
         raise FileNotFoundError(errno.ENOENT, missing, path) from error
     except exceptions.PreconditionFailed as error:
-        raise FileExistsError(errno.EEXIST, "another version of it was written meanwhile", path) from error
+        raise FileExistsError(errno.EEXIST, "another process wrote another version", path) from error
     except exceptions.Forbidden as error:
         raise PermissionError(errno.EACCES, _how_to_grant(path, role, error), path) from error
     except (exceptions.Unauthorized, GoogleAuthError) as error:
@@ -289,7 +305,7 @@ def _call(
 
 
 def _reason(error: Exception | None) -> str:
-    """What went wrong, without addresses and stacks: `503 Service Unavailable`, or the kind of a broken connection."""
+    """`503 Service Unavailable` of a response, without its URL; else the exception's type and message."""
     if isinstance(error, exceptions.GoogleAPICallError):
         return f"{error.code} {error.message.split(': ', 1)[-1]}"[:300]
     return f"{type(error).__name__}: {error}"[:300]
@@ -307,14 +323,15 @@ def _how_to_grant(path: str, role: str, error: exceptions.Forbidden) -> str:
 
 def _how_to_log_in(error: Exception) -> str:
     return (
-        f"401, not logged in ({_reason(error).rstrip('.')}): run `gcloud auth application-default login`, or point "
-        "GOOGLE_APPLICATION_CREDENTIALS at a key, or run as a service account"
+        f"401, not logged in ({_reason(error).rstrip('.')}): run `gcloud auth application-default login`, set "
+        "GOOGLE_APPLICATION_CREDENTIALS to a key file, or run as a service account"
     )
 
 
-def _options() -> dict[str, Any]:
-    """Of every call: the library's own retries off, since ours count; seconds to connect and between two bytes."""
-    return {"retry": None, "timeout": (min(10.0, _State.patience_seconds), min(60.0, _State.patience_seconds))}
+def _request_options() -> dict[str, Any]:
+    """Options of every request: no retries by the library, because _call counts them; timeouts in seconds."""
+    connect_secs, read_secs = min(10.0, _retries.timeout_secs), min(60.0, _retries.timeout_secs)
+    return {"retry": None, "timeout": (connect_secs, read_secs)}
 
 
 def _client() -> storage.Client:
@@ -322,10 +339,12 @@ def _client() -> storage.Client:
 
 
 @functools.lru_cache(1)
-def _client_of(process: int) -> storage.Client:
-    """One for each process: connections must not be shared with one that was forked off."""
-    client = storage.Client(project=None)  # objects need none, and a personal login may have none
-    adapter = requests.adapters.HTTPAdapter(pool_maxsize=256)  # ten, requests' default, would be opened again and again
+def _client_of(process_id: int) -> storage.Client:
+    """One client per process: a forked process must not share connections with its parent."""
+    client = storage.Client(project=None)  # objects need no project, and a personal login may have none
+    adapter = requests.adapters.HTTPAdapter(
+        pool_maxsize=256
+    )  # with the default of 10, connections are opened repeatedly
     client._http.mount("https://", adapter)
     client._http.mount("http://", adapter)
     return client
@@ -336,6 +355,10 @@ def _blob(path: str) -> storage.Blob:
     return _client().bucket(bucket).blob(name)
 
 
-def _object(blob: storage.Blob) -> ObjectInfo:
+def _child(url: str, name: str) -> str:
+    return f"{url.rstrip('/')}/{name}"
+
+
+def _object_info(blob: storage.Blob) -> ObjectInfo:
     content_hash = base64.b64decode(blob.md5_hash).hex() if blob.md5_hash else ""
-    return ObjectInfo(blob.size or 0, content_hash, blob.generation or 0, blob.updated)
+    return ObjectInfo(blob.size or 0, content_hash, blob.generation or 0)

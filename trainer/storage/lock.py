@@ -1,4 +1,4 @@
-"""One job at a time on a job_dir, local or in a bucket: a second one is told, and a dead one does not stand in the way."""
+"""Allows one job at a time on a job_dir, local or in a bucket. The lock of a killed job does not block the next one."""
 
 import contextlib
 import fcntl
@@ -16,24 +16,23 @@ from trainer.errors import UserError
 from trainer.storage import files
 
 LOCK_NAME = "lease.json"
-
-
-LEASE_SECONDS = 60.0  # how long a lease in a bucket outlives its holder; it is renewed four times as often
+LEASE_SECONDS = 60.0  # a lease in a bucket expires after this time; it is renewed four times as often
 
 
 @contextlib.contextmanager
 def hold(directory: str, *, on_lost: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds `directory` for the block. Raises UserError if another live job holds it.
+    """Holds the lock of `directory` during the block. Raises UserError if another running job holds it.
 
-    On a disk the operating system keeps the lock for as long as the process lives, so a killed one leaves none. In a
-    bucket it is an object that its holder writes again and again, each time in place of its own last one (generation
-    precondition); `on_lost` is called, on a thread, if another job has taken it meanwhile.
+    On a local disk the operating system releases the lock when the process ends, killed or not. In a bucket the lock is
+    an object that its holder renews, each time in place of its own last generation; `on_lost` is called, on a thread,
+    if another job has taken it.
     """
+    path = files.join(directory, LOCK_NAME)
     if files.is_remote(directory):
-        with _hold_object(files.join(directory, LOCK_NAME), on_lost):
+        with _hold_object(path, on_lost):
             yield
         return
-    with open(os.path.join(directory, LOCK_NAME), "a+") as file:
+    with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -45,13 +44,13 @@ def hold(directory: str, *, on_lost: Callable[[], None] = lambda: None) -> Itera
         yield
 
 
-def _holder() -> dict:
+def _holder() -> dict[str, object]:
     return {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T%z")}
 
 
 def _held_by_another(directory: str, holder: str) -> UserError:
     return UserError(
-        f"Another job is at work in {directory} ({holder}): wait for its end, stop it, or pass another --job_dir."
+        f"Another job holds {directory} ({holder}): wait until it ends, stop it, or pass another --job_dir."
     )
 
 
@@ -59,20 +58,23 @@ def _held_by_another(directory: str, holder: str) -> UserError:
 def _hold_object(path: str, on_lost: Callable[[], None]) -> Iterator[None]:
     from trainer.storage import gcs
 
-    mine = json.dumps({**_holder(), "id": uuid.uuid4().hex}).encode()
-    generation = _take(path, mine)
-    is_over = threading.Event()
+    contents = json.dumps({**_holder(), "id": uuid.uuid4().hex}).encode()
+    generation = _acquire(path, contents)
+    is_released, is_lost = threading.Event(), threading.Event()
 
     def renew() -> None:
         nonlocal generation
-        while not is_over.wait(LEASE_SECONDS / 4):
+        while not is_released.wait(LEASE_SECONDS / 4):
             try:
-                generation = _write_own(path, mine, generation)
+                generation = _write_lease(path, contents, generation)
             except FileExistsError:
-                logging.error("Another job has taken %s, since this one had not renewed it in time.", path)
+                logging.error("Another job has taken %s, because this job did not renew it in time.", path)
+                is_lost.set()
                 on_lost()
                 return
-            except OSError as error:  # while nobody can write, nobody can take it either; what else fails will tell
+            except (
+                OSError
+            ) as error:  # a bucket that nobody can write to gives the lease to nobody; the job's writes fail too
                 logging.warning("%s cannot be renewed: %s", path, error.strerror)
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
@@ -80,46 +82,48 @@ def _hold_object(path: str, on_lost: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        is_over.set()
+        is_released.set()
         thread.join()
-        with contextlib.suppress(OSError):  # it would run out by itself
-            gcs.remove(path, generation=generation, patience_seconds=LEASE_SECONDS / 10)
+        if not is_lost.is_set():
+            with contextlib.suppress(OSError):  # the lease expires in any case
+                gcs.remove(path, generation=generation, timeout_secs=LEASE_SECONDS / 10)
 
 
-def _write_own(path: str, mine: bytes, generation: int) -> int:
-    """Writes the lease in place of that generation (0: of none); returns the new one. FileExistsError: it was another's."""
-    from trainer.storage import gcs
+def _write_lease(path: str, contents: bytes, generation: int) -> int:
+    """Replaces `generation` of the lease (0: creates it) and returns the new generation.
 
-    try:
-        return gcs.write(path, mine, generation=generation, patience_seconds=LEASE_SECONDS / 2).generation
-    except FileExistsError:
-        found = gcs.stat(path)
-        if found is None or files.read(path) != mine:
-            raise
-        return found.generation  # an attempt whose answer was lost had done it
-
-
-def _take(path: str, mine: bytes) -> int:
-    """The generation of the lease once it is ours. Waits for as long as one that stands there may still be alive.
-
-    A live holder is known by its renewing it, so that no clock need agree with another.
+    Raises FileExistsError if the lease belongs to another job.
     """
     from trainer.storage import gcs
 
-    standing = gcs.stat(path)
-    seen_at = time.monotonic()
-    if standing:
+    try:
+        return gcs.write(path, contents, generation=generation, timeout_secs=LEASE_SECONDS / 2).generation
+    except FileExistsError:
+        info = gcs.stat(path)
+        if info is None or files.read(path) != contents:
+            raise
+        return info.generation  # an earlier attempt succeeded, but its response was lost
+
+
+def _acquire(path: str, contents: bytes) -> int:
+    """Waits until an existing lease is renewed or expires; returns the generation of the acquired lease.
+
+    Raises UserError if it is renewed. A renewal, not a timestamp, shows that the holder is alive: the clocks of the
+    machines may differ.
+    """
+    from trainer.storage import gcs
+
+    other = gcs.stat(path)
+    observed_at = time.monotonic()
+    if other:
         logging.warning("%s is held: waiting up to %.0f s to see whether its holder is alive.", path, LEASE_SECONDS)
     while True:
+        is_expired = time.monotonic() - observed_at >= LEASE_SECONDS
         with contextlib.suppress(FileExistsError):
-            return _write_own(path, mine, standing.generation if standing and _is_over(seen_at) else 0)
-        now = gcs.stat(path)
-        if now and standing and now.generation != standing.generation:
+            return _write_lease(path, contents, other.generation if other and is_expired else 0)
+        current = gcs.stat(path)
+        if current and other and current.generation != other.generation:
             raise _held_by_another(os.path.dirname(path), (files.read(path) or b"").decode())
-        if now and not standing:
-            standing, seen_at = now, time.monotonic()
+        if current and not other:
+            other, observed_at = current, time.monotonic()
         time.sleep(min(1.0, LEASE_SECONDS / 20))
-
-
-def _is_over(seen_at: float) -> bool:
-    return time.monotonic() - seen_at >= LEASE_SECONDS

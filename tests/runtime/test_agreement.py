@@ -1,0 +1,40 @@
+"""A replica whose flags, data or checkpoint differ from those of the others is found."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import tensorflow as tf
+
+from tests.support.processes import free_ports
+from trainer.runtime import agreement, cluster, devices
+
+WORKER = """
+import json, os, sys
+from trainer.runtime import agreement, cluster, devices
+machine = devices.start(cluster.resolve(os.environ), require_gpu=False)
+print(agreement.find_mismatched_replica(sys.argv[1], machine))
+print(agreement.find_mismatched_replica("the same", machine))
+"""
+
+
+def test_a_single_replica_agrees_with_itself():
+    assert agreement.find_mismatched_replica("flags", devices.start(cluster.resolve({}), require_gpu=False)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="both workers would use the same GPU")
+def test_two_workers_find_the_one_that_differs():
+    addresses = tuple(f"localhost:{port}" for port in free_ports(2))
+    workers = []
+    try:
+        for index, description in enumerate(["seed=0", "seed=1"]):
+            view = cluster.Cluster(workers=2, index=index, is_chief=index == 0, addresses=addresses, source="test")
+            environment = os.environ | {"TF_CONFIG": cluster.tf_config(view)}
+            command = [sys.executable, "-c", WORKER, description]
+            workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+        assert [worker.communicate(timeout=120)[0] for worker in workers] == ["1\nNone\n", "1\nNone\n"]
+    finally:
+        for worker in workers:
+            worker.kill()
