@@ -1,16 +1,17 @@
-"""The data doctor: looks at every picture of a folder before a job does, and says what is wrong.
+"""Inspects every image of a folder before training, and reports problems.
 
-    python -m trainer.inspect_data --data_dir=pictures
-    python -m trainer.inspect_data --data_dir=pictures --fix=list.txt && xargs -d '\\n' rm -- < list.txt
+    python -m trainer.inspect_data --data_dir=images
+    python -m trainer.inspect_data --data_dir=images --fix=list.txt && xargs -d '\\n' rm -- < list.txt
 
-Tells classes, sizes, formats, files that are no pictures with their reasons, the same picture twice or under two labels,
-pictures that look alike (and would be trained on and validated with), small ones, classes out of balance. Leaves
-inspect.json, inspect.html and sizes.png in --output_dir. Exit code 0, or 1 with --strict if something is wrong.
+Reports classes, sizes, formats, unreadable files with their reasons, exact duplicates within a class and under two
+labels, images that look alike (also between training and validation), small images and unbalanced classes. Writes
+inspect.json, inspect.html and sizes.png to --output_dir. Exit code 0, or 1 with --strict if there is a problem.
 """
 
 import os
 import sys
 import time
+from typing import NamedTuple
 
 import markupsafe
 import numpy as np
@@ -23,136 +24,143 @@ from trainer.errors import UserError
 from trainer.reporting import html, plots, thumbnails
 from trainer.storage import files
 
-SHOWN = 5  # lines per finding on the terminal
+MAX_LINES = 5  # per problem on the terminal
+MAX_CLASSES = 30  # on the terminal
+MAX_GROUPS, MAX_GROUP_FILES = 24, 6  # of thumbnails on the page
 
 
-CLASSES_SHOWN = 30
+class Problem(NamedTuple):
+    """A kind of problem, with one text for each file, group of files or class that has it."""
 
-
-SHOWN_GROUPS, SHOWN_FILES = 24, 6  # of thumbnails in the page
+    title: str
+    details: list[str]
 
 
 def define_flags() -> None:
-    """The flags of this command."""
-    flags.DEFINE_string("data_dir", "", "Folder with one sub-folder of pictures per class.")
+    """Defines the flags of this command."""
+    flags.DEFINE_string("data_dir", "", "Folder with one sub-folder of images per class, local or gs://; or tfds:NAME.")
     flags.DEFINE_string("output_dir", "inspection", "Folder for inspect.json, inspect.html and sizes.png.")
-    flags.DEFINE_string("fix", "", "Write here, one path per line, what to remove: bad files, all copies but the first, and "
-                        "all files whose bytes stand under two labels.")  # fmt: skip
-    flags.DEFINE_boolean("strict", False, "End with exit code 1 if something is wrong.")
+    flags.DEFINE_string("fix", "", "File for the paths to remove, one per line: bad files, all copies but the first, "
+                        "and all files whose content has two labels.")  # fmt: skip
+    flags.DEFINE_boolean("strict", False, "Exit with code 1 if there is a problem.")
 
 
 def main(arguments: list[str]) -> int:
     """Inspects the folder; returns the exit code."""
     if arguments:
-        raise UserError(f"{arguments[0]!r} is not a flag: write --data_dir={arguments[0]} if it is the folder.")
+        raise UserError(f"{arguments[0]!r} is not a flag: pass --data_dir={arguments[0]} if it is the folder.")
     cli.require("data_dir")
     data_dir, output_dir, fix = cli.flag_values(("data_dir", "output_dir", "fix")).values()
     started = time.monotonic()
     with tfds.as_folder(data_dir) as directory:
-        found = inspection.inspect(directory, progress=sys.stderr.isatty())
+        result = inspection.inspect(directory, progress=sys.stderr.isatty())
         seconds = time.monotonic() - started
-        findings = find_problems(found)
-        _write(found, findings, directory, output_dir)
+        problems = find_problems(result)
+        _write(result, problems, directory, output_dir)
     if fix:
-        _write_fix(found, data_dir, fix)
-    print("\n".join(_lines(found, findings, data_dir)))
-    logging.info("%d files in %.1f s, %.0f per second.", len(found.files), seconds, len(found.files) / seconds)
-    print(f"page: {output_dir}/inspect.html")
-    return 1 if findings and flags.FLAGS.strict else 0
+        _write_fix(result, data_dir, fix)
+    print("\n".join(_lines(result, problems, data_dir)))
+    num_files = len(result.inspected)
+    logging.info("%d files in %.1f s, %.0f per second.", num_files, seconds, num_files / seconds)
+    print(f"page: {files.join(output_dir, 'inspect.html')}")
+    return 1 if problems and flags.FLAGS.strict else 0
 
 
-def find_problems(found: Inspection) -> list[tuple[str, list[str]]]:
-    """The findings that --strict refuses: a sentence each, and the files it is about."""
+def find_problems(result: Inspection) -> list[Problem]:
+    """The problems for which --strict fails."""
 
     def groups(of: list[list[InspectedFile]]) -> list[str]:
         return [" = ".join(f"{file.path!r}" for file in group) for group in of]
 
-    empty = [name for name, count in found.class_counts.items() if not count]
-    single = [name for name, count in found.class_counts.items() if count == 1]
-    counts = found.class_counts
-    ends = (min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__))
-    unbalanced = [", ".join(f"{name!r}: {counts[name]}" for name in ends)] if found.is_unbalanced else []
-    findings = [
-        ("files that are no readable pictures: remove or replace them", [f"{f.path!r}: {f.reason}" for f in found.bad]),
-        ("classes without a picture: add some, or remove the folder", empty),
-        ("classes of one picture: it is trained on and never validated", single),
-        ("the same bytes under two labels: decide for one", groups(found.two_label_duplicates)),
-        ("the same bytes more than once in a class: one copy is enough", groups(found.same_label_duplicates)),
-        ("pictures that look alike under two labels: look at them", groups(found.two_label_near_duplicates)),
-        (
-            "pictures that look alike, one to train on and one to validate: the accuracy will be too good",
-            groups(found.leaks),
+    counts = result.class_counts
+    empty = [name for name, count in counts.items() if not count]
+    single = [name for name, count in counts.items() if count == 1]
+    unbalanced = []
+    if result.is_unbalanced:
+        smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+        unbalanced = [f"{smallest!r}: {counts[smallest]}, {largest!r}: {counts[largest]}"]
+    small = [f"{file.path!r}: {file.width} x {file.height}" for file in result.small]
+    problems = [
+        Problem(
+            "files that are not readable images: remove or replace them",
+            [f"{file.path!r}: {file.reason}" for file in result.bad],
         ),
-        (
-            f"pictures smaller than {inspection.SMALL_SIDE} pixels",
-            [f"{f.path!r}: {f.width} x {f.height}" for f in found.small],
+        Problem("classes without an image: add some, or remove the folder", empty),
+        Problem("classes of one image, which is used for training and not for validation: add some", single),
+        Problem("the same content under two labels: keep one", groups(result.two_label_duplicates)),
+        Problem("the same content more than once in a class: keep one", groups(result.same_label_duplicates)),
+        Problem("images that look alike under two labels: check them", groups(result.two_label_near_duplicates)),
+        Problem(
+            "images that look alike in training and validation: the validation accuracy will be too high",
+            groups(result.leaks),
         ),
-        ("classes out of balance: consider --class_weight=balanced", unbalanced),
+        Problem(f"images smaller than {inspection.SMALL_SIDE} pixels", small),
+        Problem("unbalanced classes: consider --class_weight=balanced", unbalanced),
     ]
-    return [(sentence, about) for sentence, about in findings if about]
+    return [problem for problem in problems if problem.details]
 
 
-def _lines(found: Inspection, findings: list[tuple[str, list[str]]], data_dir: str) -> list[str]:
-    summary = inspection.summary(found)
-    lines = [f"{data_dir}: {len(found.good)} pictures in {len(found.class_names)} classes"]
-    counts = [f"  {count:7d} {name!r}" for name, count in found.class_counts.items()]
-    lines += _shortened(counts, CLASSES_SHOWN, "classes")
-    lines.append("formats: " + ", ".join(f"{kind} {count}" for kind, count in summary["formats"].items()))
+def _lines(result: Inspection, problems: list[Problem], data_dir: str) -> list[str]:
+    summary = inspection.summary(result)
+    lines = [f"{data_dir}: {len(result.good)} images in {len(result.class_names)} classes"]
+    counts = [f"  {count:7d} {name!r}" for name, count in result.class_counts.items()]
+    lines += _shortened(counts, MAX_CLASSES, "classes")
+    lines.append("formats: " + ", ".join(f"{name} {count}" for name, count in summary["formats"].items()))
     if summary["small_side"]:
-        lines.append(
-            "smaller side: {min} to {max} pixels, half of them below {median:g}".format(**summary["small_side"])
-        )
-    if found.misnamed:
-        lines.append(f"note: {len(found.misnamed)} endings name another format; harmless, the content decides:")
-        lines += _shortened([f"  {f.path!r} is a {f.kind}" for f in found.misnamed], SHOWN, "files")
-    if found.near_duplicates:
-        lines.append(f"note: {len(found.near_duplicates)} groups look alike within a class.")
-    for sentence, about in findings:
-        lines.append(f"wrong: {sentence} ({len(about)})")
-        lines += _shortened([f"  {text}" for text in about], SHOWN, "more")
-    return lines if findings else [*lines, "Nothing is wrong."]
+        lines.append("smaller side: {min} to {max} pixels, median {median:g}".format(**summary["small_side"]))
+    if result.misnamed:
+        lines.append(f"note: {len(result.misnamed)} files have the extension of another format, which does no harm:")
+        misnamed = [f"  {file.path!r} is a {file.image_format}" for file in result.misnamed]
+        lines += _shortened(misnamed, MAX_LINES, "files")
+    if result.near_duplicates:
+        lines.append(f"note: {len(result.near_duplicates)} groups of images look alike within a class.")
+    for problem in problems:
+        lines.append(f"problem: {problem.title} ({len(problem.details)})")
+        lines += _shortened([f"  {text}" for text in problem.details], MAX_LINES, "more")
+    return lines if problems else [*lines, "No problems found."]
 
 
 def _shortened(lines: list[str], length: int, what: str) -> list[str]:
     return lines if len(lines) <= length else [*lines[:length], f"  and {len(lines) - length} {what}"]
 
 
-def _write(found: Inspection, findings: list[tuple[str, list[str]]], data_dir: str, output_dir: str) -> None:
+def _write(result: Inspection, problems: list[Problem], data_dir: str, output_dir: str) -> None:
     files.make_directory(output_dir)
-    files.write_json(os.path.join(output_dir, "inspect.json"), inspection.summary(found))
+    summary = inspection.summary(result)
+    files.write_json(files.join(output_dir, "inspect.json"), summary)
     histogram = ""
-    if found.good:
+    if result.good:
         with plots.style():
-            figure = plots.size_histogram(np.array([file.small_side for file in found.good]))
-            files.atomic_write(os.path.join(output_dir, "sizes.png"), plots.png(figure))
+            figure = plots.size_histogram(np.array([file.small_side for file in result.good]))
+            files.atomic_write(files.join(output_dir, "sizes.png"), plots.png(figure))
             histogram = markupsafe.Markup(plots.svg(figure, "sizes"))
 
-    def shown(groups: list[list[InspectedFile]]) -> list[list[dict]]:
-        return thumbnails.of_groups(data_dir, groups, num_groups=SHOWN_GROUPS, num_files=SHOWN_FILES)
+    def with_thumbnails(groups: list[list[InspectedFile]]) -> list[list[dict]]:
+        return thumbnails.of_groups(data_dir, groups, num_groups=MAX_GROUPS, num_files=MAX_GROUP_FILES)
 
     sections = [
-        ("Same bytes under two labels", found.two_label_duplicates),
-        ("Alike under two labels", found.two_label_near_duplicates),
-        ("Alike, one trained on and one validated with", found.leaks),
-        ("Same bytes twice in a class", found.same_label_duplicates),
-        ("Alike within a class", found.near_duplicates),
+        ("Same content under two labels", result.two_label_duplicates),
+        ("Similar images under two labels", result.two_label_near_duplicates),
+        ("Similar images in training and validation", result.leaks),
+        ("Same content more than once in a class", result.same_label_duplicates),
+        ("Similar images within a class", result.near_duplicates),
     ]
     text = html.render(
         "inspect.html",
         data_dir=data_dir,
-        found=found,
-        findings=findings,
-        summary=inspection.summary(found),
+        result=result,
+        problems=problems,
+        summary=summary,
         histogram=histogram,
-        sections=[(title, len(groups), shown(groups)) for title, groups in sections if groups],
-        largest=max([1, *found.class_counts.values()]),
+        sections=[(title, len(groups), with_thumbnails(groups)) for title, groups in sections if groups],
+        largest=max([1, *result.class_counts.values()]),
     )
-    files.atomic_write(os.path.join(output_dir, "inspect.html"), text)
+    files.atomic_write(files.join(output_dir, "inspect.html"), text)
 
 
-def _write_fix(found: Inspection, data_dir: str, path: str) -> None:
-    removable = [files.join(data_dir, file.path) for file in found.to_remove()]
-    # A folder is not removed by a list of files, and a name of two lines cannot stand in one.
+def _write_fix(result: Inspection, data_dir: str, path: str) -> None:
+    removable = [files.join(data_dir, file.path) for file in result.to_remove()]
+    # A list of files cannot remove a folder, and cannot hold a name with a line break.
     listed = [name for name in removable if "\n" not in name and _is_file(name)]
     files.atomic_write(path, "".join(f"{name}\n" for name in listed))
     logging.info("%s lists %d files to remove.", path, len(listed))

@@ -1,82 +1,107 @@
-"""Pictures that go bad after the job has looked at them, in either stage."""
+"""Images that become unreadable after the job has checked the folder, in either stage."""
 
 import csv
 import json
 import sys
-from types import SimpleNamespace
 
 import keras
-import numpy as np
 import pytest
 
 from tests.support.images import write_images
 from tests.support.processes import run_command
-from trainer.data.dataset import BadFile, read_folder
+from trainer.artifacts.job_dir import JobDir
+from trainer.data import splits
+from trainer.data.dataset import read_folder
+from trainer.data.image_source import ImageSource
+from trainer.data.input_pipeline import ImageCache
 from trainer.errors import UserError
-from trainer.serving import exporter
-from trainer.training import stages
 
-# The job as the command runs it, but for what happens to the folder once it has been read.
-DRIVER = """
-import sys
-from trainer import cli, examples, task
-read_folder = examples.read_folder
+# The job as the command runs it, but two files are spoiled once the folder has been read.
+SPOILING_JOB = """
+import os
+
+from trainer import cli, task
+
+read_folder = task.read_folder
 
 def read_and_spoil(data_dir, **options):
     folder = read_folder(data_dir, **options)
-    import os
     os.remove(data_dir + "/a/a_003.jpg")
     with open(data_dir + "/b/b_004.jpg", "r+b") as file:
         file.truncate(600)
     return folder
 
-examples.read_folder = read_and_spoil
-command.run(task.main, define_flags=task.define_flags)
+task.read_folder = read_and_spoil
+cli.run(task.main, define_flags=task.define_flags)
 """
 
 
 @pytest.mark.slow
-def test_pictures_gone_bad_in_mid_run_are_named_counted_and_not_fatal(tmp_path):
-    """In the head's stage, which meets them first, and in that of all layers, which reads the files again."""
-    (tmp_path / "spoiling_job.py").write_text(DRIVER)
-    weights, data, job_dir = tmp_path / "random.weights.h5", tmp_path / "data", tmp_path / "job"
+def test_unreadable_images_are_named_and_do_not_stop_the_job(tmp_path):
+    """The head's stage finds them first; the stage of the whole network reads the files again."""
+    (tmp_path / "spoiling_job.py").write_text(SPOILING_JOB)
+    weights, data, paths = tmp_path / "random.weights.h5", tmp_path / "data", JobDir(str(tmp_path / "job"))
     keras.applications.ResNet50(weights=None, include_top=False).save_weights(weights)
     write_images(data, {"a": 20, "b": 20})
     process = run_command(
         "spoiling_job",
-        *(f"--data_dir={data}", f"--job_dir={job_dir}", f"--weights={weights}", "--image_size=32", "--batch_size=8"),
-        *("--head_epochs=1", "--epochs=1", "--cache=none", "--noaugment", "--max_bad_fraction=0.2"),
+        f"--data_dir={data}",
+        f"--job_dir={paths.root}",
+        f"--weights={weights}",
+        "--image_size=32",
+        "--batch_size=8",
+        "--head_epochs=1",
+        "--epochs=1",
+        "--cache=none",
+        "--noaugment",
+        "--max_bad_fraction=0.2",
         PYTHONPATH=f"{tmp_path}:{':'.join(sys.path)}",
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    bad = {row["path"]: row["reason"] for row in csv.DictReader((job_dir / "bad_files.csv").open(newline=""))}
-    assert bad == {
-        "a/a_003.jpg": "cannot be read: No such file or directory",
-        "b/b_004.jpg": "truncated JPEG: the end of the picture is missing",
+    with open(paths.bad_files, newline="") as file:
+        reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons.keys() == {"a/a_003.jpg", "b/b_004.jpg"}
+    assert reasons["a/a_003.jpg"] == "cannot be read: No such file or directory"
+    assert reasons["b/b_004.jpg"].startswith("truncated JPEG")
+    with open(paths.metrics) as file:
+        assert json.load(file)["bad_images"] == 2
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Twenty images, of which at most a tenth may be bad."""
+    folder = read_folder(str(write_images(tmp_path, {"a": 10, "b": 10})))
+    return ImageSource(
+        str(tmp_path),
+        folder,
+        splits.split_by_content(folder.examples, 0.2),
+        image_size=32,
+        cache=ImageCache(False),
+        cache_dir="",
+        read_parallelism=0,
+        max_bad_fraction=0.1,
+    )
+
+
+def test_an_unreadable_image_is_recorded_with_its_present_reason(source, tmp_path):
+    (tmp_path / "a" / "a_000.jpg").write_bytes(b"")
+    (tmp_path / "b" / "b_000.jpg").unlink()
+    source.record_unreadable(["a/a_000.jpg", "b/b_000.jpg", "a/a_000.jpg"])
+    source.check_bad_fraction()
+    assert {path: bad.reason for path, bad in source.bad_files.items()} == {
+        "a/a_000.jpg": "empty file",
+        "b/b_000.jpg": "cannot be read: No such file or directory",
     }
-    assert json.loads((job_dir / "metrics.json").read_text())["bad_images"] == 2
 
 
-def test_too_many_pictures_gone_bad_are_the_users_error():
-    folder = SimpleNamespace(examples=range(40), bad_files=())
-    spoiled = SimpleNamespace(settings=SimpleNamespace(max_bad_fraction=0.01), folder=folder)
-    bad_files = {name: BadFile(name, "cannot be decoded") for name in ("a", "b")}
-    with pytest.raises(UserError, match=r"2 of 40 files are no readable pictures, more than --max_bad_fraction=0.01"):
-        stages.check_bad_files(spoiled, bad_files)
+def test_too_many_unreadable_images_are_the_users_error(source):
+    source.record_unreadable(["a/a_000.jpg", "a/a_001.jpg", "b/b_000.jpg"])
+    with pytest.raises(UserError, match=r"3 of 20 files are not readable images, more than --max_bad_fraction=0\.1"):
+        source.check_bad_fraction()
 
 
-def test_without_any_readable_validation_picture_nothing_is_exported(tmp_path):
-    images = write_images(tmp_path / "pictures", {"a": 3, "b": 3})
-    validation = read_folder(str(images)).examples
-    settings = SimpleNamespace(data_dir=str(images), image_size=32)
-    outcome = SimpleNamespace(settings=settings, validation=validation)
-    (images / "a" / "a_000.jpg").write_bytes(b"no picture any more")
-    (images / "a" / "a_001.jpg").unlink()
-    samples, decoded = exporter._parity_samples(outcome, np.ones(6, bool))
-    assert len(samples) == len(decoded) == 4
-    for path in images.rglob("*.jpg"):
-        path.unlink()
-    with pytest.raises(
-        UserError, match=r"No validation picture in .* can be read any more.*: restore them and start again"
-    ):
-        exporter._parity_samples(outcome, np.ones(6, bool))
+def test_all_images_are_in_order_and_split_by_position(source):
+    assert source.paths.tolist() == sorted(source.paths)
+    training, validation = (source.paths[index].tolist() for index in source.split_indices)
+    assert len(training) == 16
+    assert sorted(training + validation) == source.paths.tolist()

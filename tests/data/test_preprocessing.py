@@ -1,4 +1,4 @@
-"""What the network sees is what it should see; how odd files decode is in test_pictures-like corpora."""
+"""Decoding, resizing, preprocessing and augmentation; test_decoders.py has the file formats."""
 
 import io
 
@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from tests.support import corpus
 from trainer.data.preprocessing import NUM_AUGMENTATION_DRAWS, augment, decode_image, preprocess
 
 
@@ -19,19 +20,19 @@ def encoded(pixels: np.ndarray, kind: str, **options) -> bytes:
 
 @pytest.fixture(scope="module")
 def pixels():
-    """A smooth colourful picture, uint8 [60, 90, 3]."""
+    """A smooth colorful image, uint8 [60, 90, 3]."""
     y, x = np.mgrid[0:60, 0:90]
     return np.stack([2 * x, 4 * y, 255 - x - y], axis=-1).astype(np.uint8)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP"])
-def test_a_lossless_picture_of_the_right_size_comes_back_as_it_was(pixels, kind):
+def test_a_lossless_image_of_the_right_size_is_not_changed(pixels, kind):
     square = pixels[:60, :60]
     np.testing.assert_array_equal(decode_image(tf.constant(encoded(square, kind)), 60), square)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("PNG", 3), ("JPEG", 8), ("GIF", 40)])
-def test_every_kind_is_squeezed_to_a_square_of_the_size_asked_for(pixels, kind, tolerance):
+def test_every_format_is_resized_to_a_square(pixels, kind, tolerance):
     decoded = decode_image(tf.constant(encoded(pixels, kind)), 48).numpy()
     expected = np.asarray(Image.fromarray(pixels).resize((48, 48), Image.Resampling.BILINEAR), int)
     assert decoded.shape == (48, 48, 3)
@@ -39,12 +40,12 @@ def test_every_kind_is_squeezed_to_a_square_of_the_size_asked_for(pixels, kind, 
     assert np.abs(decoded - expected).mean() < tolerance
 
 
-def test_what_is_no_picture_is_refused():
+def test_text_is_rejected():
     with pytest.raises(tf.errors.InvalidArgumentError):
         decode_image(tf.constant(b"text"), 32)
 
 
-def test_preprocessing_for_imagenet_is_that_of_keras(pixels):
+def test_imagenet_preprocessing_is_that_of_keras(pixels):
     ours = preprocess(tf.constant(pixels[None]), "imagenet")
     theirs = keras.applications.resnet50.preprocess_input(pixels[None].astype(np.float32))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -54,7 +55,7 @@ def test_rescaling_is_that_of_the_article(pixels):
     np.testing.assert_allclose(preprocess(tf.constant(pixels[None]), "rescale"), pixels[None] / 255, atol=1e-6)
 
 
-def test_augmentation_depends_on_each_pictures_own_draws_alone(pixels):
+def test_augmentation_depends_on_the_draws_of_each_image_alone(pixels):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
     draws = rng.random((5, NUM_AUGMENTATION_DRAWS)).astype(np.float32)
@@ -66,8 +67,19 @@ def test_augmentation_depends_on_each_pictures_own_draws_alone(pixels):
     assert np.abs(together - images).mean(axis=(1, 2, 3)).min() > 1
 
 
-def test_the_whole_picture_unflipped_and_of_the_same_brightness_is_left_as_it_is(pixels):
+def test_neutral_draws_do_not_change_the_image(pixels):
     images = pixels[None, :48, :48]
     draws = np.full((1, NUM_AUGMENTATION_DRAWS), 0.5, np.float32)
     draws[0, 0] = 1.0  # all of the area
     np.testing.assert_allclose(augment(tf.constant(images), tf.constant(draws)), images, atol=1e-2)
+
+
+def test_median_draws_keep_the_colors_and_extreme_ones_change_them():
+    images = tf.constant(np.asarray(corpus.sample_image(48, 48))[None])
+    whole = np.array([[1, 0.5, 0, 0, 0.9, 0.5, 0.5, 0.5]], np.float32)  # the whole image, not flipped
+    np.testing.assert_allclose(augment(images, tf.constant(whole)), tf.cast(images, tf.float32), atol=0.01)
+    for draw, measure in ((5, np.mean), (6, lambda x: (x.max(-1) - x.min(-1)).mean()), (7, np.std)):
+        low, high = whole.copy(), whole.copy()
+        low[:, draw], high[:, draw] = 0, 0.999
+        results = [measure(augment(images, tf.constant(draws)).numpy()) for draws in (low, whole, high)]
+        assert results[0] < results[1] < results[2]

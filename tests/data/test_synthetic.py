@@ -1,4 +1,4 @@
-"""The demo set is whole, the same every time, and its classes differ in nothing but shape."""
+"""The demo set is complete and reproducible, and its classes differ in nothing but shape."""
 
 import itertools
 import pathlib
@@ -27,7 +27,7 @@ def drawn(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(drawn):
-    """float [3 classes, N pictures, S, S, 3]"""
+    """float [3 classes, N images, S, S, 3]"""
     return np.stack(
         [[np.asarray(Image.open(p), np.float32) for p in sorted(drawn.glob(f"{name}/*"))] for name in CLASSES]
     )
@@ -37,20 +37,20 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*.jpg")}
 
 
-def test_each_class_has_its_folder_and_its_number_of_pictures(drawn):
+def test_each_class_has_its_folder_and_number_of_images(drawn):
     assert sorted(p.name for p in drawn.iterdir() if not p.name.startswith(".")) == CLASSES
     for name in CLASSES:
         expected = [f"{name}_{index:04d}.jpg" for index in range(1, IMAGES_PER_CLASS + 1)]
         assert sorted(p.name for p in (drawn / name).iterdir()) == expected
 
 
-def test_every_picture_is_a_colour_jpeg_of_the_size_asked_for(drawn):
+def test_every_image_is_a_color_jpeg_of_the_requested_size(drawn):
     for path in drawn.glob("*/*"):
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))
 
 
-def test_no_picture_is_there_twice(drawn):
+def test_no_image_is_drawn_twice(drawn):
     assert len(set(contents(drawn).values())) == len(CLASSES) * IMAGES_PER_CLASS
 
 
@@ -58,26 +58,26 @@ def test_other_users_may_read_the_set(drawn):
     assert stat.S_IMODE(drawn.stat().st_mode) == 0o755
 
 
-def test_the_same_seed_gives_the_same_bytes_and_a_larger_set_begins_with_a_smaller(drawn, tmp_path):
+def test_a_larger_set_begins_with_the_bytes_of_a_smaller_one(drawn, tmp_path):
     synthetic.draw(tmp_path / "small", images_per_class=3, image_size=64)
     small = contents(tmp_path / "small")
     assert len(small) == 9
     assert small.items() <= contents(drawn).items()
 
 
-def test_another_seed_gives_other_pictures(drawn, tmp_path):
+def test_another_seed_gives_other_images(drawn, tmp_path):
     synthetic.draw(tmp_path / "other", images_per_class=3, image_size=64, seed=1)
     assert not set(contents(tmp_path / "other").values()) & set(contents(drawn).values())
 
 
 def statistics(images: np.ndarray, *, with_spread: bool) -> np.ndarray:
-    """Mean colour, and the standard deviation per channel: [3 classes, N, 3 or 6]"""
+    """Mean color, and the standard deviation per channel: [3 classes, N, 3 or 6]"""
     means = images.mean(axis=(2, 3))
     return np.concatenate([means, images.std(axis=(2, 3))], axis=-1) if with_spread else means
 
 
 def neighbours_accuracy(features: np.ndarray) -> float:
-    """Of the vote of the nine nearest other pictures. Features: [3 classes, N, F]"""
+    """Accuracy of the vote of the nine nearest other images. Features: [3 classes, N, F]"""
     labels = np.repeat(np.arange(3), features.shape[1])
     points = features.reshape(len(labels), -1)
     points = (points - points.mean(axis=0)) / points.std(axis=0)
@@ -88,7 +88,7 @@ def neighbours_accuracy(features: np.ndarray) -> float:
 
 
 def quadratic_accuracy(features: np.ndarray) -> float:
-    """On held-out fifths, of least squares on the features and all their products. Features: [3 classes, N, F]"""
+    """Accuracy on held-out fifths of least squares on the features and all their products. Features: [3 classes, N, F]"""
     labels = np.repeat(np.arange(3), features.shape[1])
     points = features.reshape(len(labels), -1)
     points = (points - points.mean(axis=0)) / points.std(axis=0)
@@ -107,26 +107,26 @@ def quadratic_accuracy(features: np.ndarray) -> float:
 
 @pytest.mark.parametrize("with_spread", [False, True], ids=["mean", "mean and spread"])
 @pytest.mark.parametrize("accuracy", [neighbours_accuracy, quadratic_accuracy])
-def test_colour_statistics_do_not_tell_the_class(images, accuracy, with_spread):
+def test_color_statistics_do_not_predict_the_class(images, accuracy, with_spread):
     assert accuracy(statistics(images, with_spread=with_spread)) < CHANCE + 0.1
 
 
 @pytest.mark.parametrize("accuracy", [neighbours_accuracy, quadratic_accuracy])
-def test_the_same_classifiers_would_notice_brighter_classes(images, accuracy):
+def test_the_same_classifiers_would_detect_brighter_classes(images, accuracy):
     brighter = images * np.array([0.7, 1.0, 1.4])[:, None, None, None, None]
     assert accuracy(statistics(brighter, with_spread=True)) > 0.6
 
 
 def test_every_class_covers_the_same_area(images):
-    # At their brightest distractors have a luma of 0.48, at their darkest shapes have 0.59; noise is less than the gap.
+    # The brightest distractors have a luma of 0.48, the darkest shapes 0.59; the noise is smaller than the gap.
     luma = images / 255 @ np.array([0.299, 0.587, 0.114], np.float32)
     areas = np.mean(luma > 0.535, axis=(1, 2, 3))
     np.testing.assert_allclose(areas, areas.mean(), rtol=0.1)
     assert 0.1 < areas.mean() < 0.2
 
 
-def test_every_class_is_at_every_place(images):
-    # [3 classes, 2]: the standard deviation of the place of the bright pixels, in parts of the side.
+def test_every_class_is_at_every_position(images):
+    # [3 classes, 2]: the standard deviation of the position of the bright pixels, as a fraction of the side.
     bright = (images.mean(axis=-1) > 0.535 * 255).astype(float)
     grid = np.mgrid[0:64, 0:64] / 64
     indices = np.einsum("cnyx,dyx->cnd", bright, grid) / bright.sum(axis=(2, 3))[..., None]
@@ -134,7 +134,7 @@ def test_every_class_is_at_every_place(images):
     np.testing.assert_allclose(indices.std(axis=1), indices.std(axis=(0, 1)).mean() * np.ones((3, 2)), rtol=0.25)
 
 
-def test_a_complete_set_is_left_as_it_is(tmp_path):
+def test_a_complete_set_is_not_drawn_again(tmp_path):
     synthetic.draw(tmp_path / "set", images_per_class=2, image_size=32)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("*")}
     synthetic.draw(tmp_path / "set", images_per_class=2, image_size=32)
@@ -149,7 +149,7 @@ def test_an_empty_folder_is_filled(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"images_per_class": 3}, {"image_size": 48}], ids=["seed", "images_per_class", "image_size"]
 )
-def test_a_set_of_other_parameters_is_neither_mixed_nor_deleted(tmp_path, change):
+def test_a_set_with_other_parameters_is_neither_mixed_nor_deleted(tmp_path, change):
     parameters = {"images_per_class": 2, "image_size": 32}
     synthetic.draw(tmp_path / "set", **parameters)
     before = contents(tmp_path / "set")
@@ -158,14 +158,14 @@ def test_a_set_of_other_parameters_is_neither_mixed_nor_deleted(tmp_path, change
     assert contents(tmp_path / "set") == before
 
 
-def test_a_set_that_lost_a_picture_is_not_taken_for_complete(tmp_path):
+def test_a_set_without_one_of_its_images_is_not_complete(tmp_path):
     synthetic.draw(tmp_path / "set", images_per_class=2, image_size=32)
     (tmp_path / "set" / "ring" / "ring_0002.jpg").unlink()
     with pytest.raises(UserError, match="delete it"):
         synthetic.draw(tmp_path / "set", images_per_class=2, image_size=32)
 
 
-def test_pictures_of_someone_else_are_not_touched(tmp_path):
+def test_files_of_the_user_are_not_touched(tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"beach")
     with pytest.raises(UserError, match="neither an empty folder"):
         synthetic.draw(tmp_path, images_per_class=1, image_size=32)
@@ -173,7 +173,7 @@ def test_pictures_of_someone_else_are_not_touched(tmp_path):
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError("No space left on device")], ids=["^C", "full"])
-def test_an_interrupted_drawing_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch, interruption):
+def test_an_interrupted_drawing_leaves_nothing_behind(tmp_path, monkeypatch, interruption):
     save, calls = Image.Image.save, itertools.count(1)
 
     def save_four(image, path, **options):
@@ -191,7 +191,7 @@ def test_an_interrupted_drawing_leaves_nothing_and_can_be_repeated(tmp_path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
-def test_a_worker_that_finishes_second_takes_the_set_of_the_first(tmp_path, monkeypatch):
+def test_a_worker_that_finishes_second_uses_the_first_set(tmp_path, monkeypatch):
     rename = pathlib.Path.rename
 
     def rename_late(path, target):
@@ -207,7 +207,7 @@ def test_a_worker_that_finishes_second_takes_the_set_of_the_first(tmp_path, monk
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match=r"cannot be written to .*file/set .*name a folder"):
+    with pytest.raises(UserError, match=r"cannot be written to .*file/set .*pass a writable folder"):
         synthetic.draw(tmp_path / "file" / "set", images_per_class=1, image_size=32)
     with pytest.raises(UserError, match="neither an empty folder"):
         synthetic.draw(tmp_path / "file", images_per_class=1, image_size=32)
@@ -233,5 +233,7 @@ def test_a_bucket_is_the_users_error():
 
 
 def test_drawing_needs_neither_tensorflow_nor_matplotlib():
-    program = "import sys, trainer.demo; sys.exit(bool({'tensorflow', 'keras', 'matplotlib'} & set(sys.modules)))"
+    program = (
+        "import sys, trainer.data.synthetic; sys.exit(bool({'tensorflow', 'keras', 'matplotlib'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,13 +1,13 @@
-"""tfds:NAME@DIR, with a dataset that the test prepares itself: its class names, its split, its names of pictures."""
+"""tfds:NAME@DIR with a dataset that the test prepares: its class names, its split, its file names."""
 
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from tests.commands.test_evaluate import ByBrightness
 
-from tests.storage.test_gcs import upload
+from tests.commands.test_evaluate import BrightnessModel
+from tests.support.bucket import upload
 from tests.support.images import write_images
 from tests.support.processes import run_command
 from trainer.data import splits, tfds
@@ -56,15 +56,15 @@ def prepared(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_dataset_gives_its_classes_its_split_and_its_names(prepared, tmp_path, bucket_url):
+def test_a_dataset_keeps_its_classes_split_and_file_names(prepared, tmp_path, bucket_url):
     url = upload(prepared / "prepared", f"{bucket_url}/tfds")
     directory = str(tmp_path / "pictures")
     tfds.write_folder(f"tfds:beasts@{url}", directory)
     folder = read_folder(directory)
-    sides = splits.choose(folder, validation_split=0.2, split_file="")
+    split = splits.choose(folder, validation_split=0.2, split_file="")
     assert folder.class_names == ("bear", "wolf")
-    assert (len(sides.training), len(sides.validation)) == (11, 11)
-    for side, name in ((sides.training, "train"), (sides.validation, "validation")):
+    assert (len(split.training), len(split.validation)) == (11, 11)
+    for side, name in ((split.training, "train"), (split.validation, "validation")):
         for path in side.paths:
             original = "/".join(path.split("/")[1:])
             assert files.read(f"{directory}/{path}") == files.read(f"{prepared}/source/{name}/{original}")
@@ -79,40 +79,43 @@ def test_a_dataset_without_a_validation_split_is_split_by_content(prepared, tmp_
 
 
 @pytest.mark.slow
-def test_a_model_is_judged_on_a_dataset(prepared, tmp_path):
-    model = ByBrightness(128, ("bear", "wolf")).save(tmp_path / "model")
+def test_a_model_is_evaluated_on_a_dataset(prepared, tmp_path):
+    model = BrightnessModel(128, ("bear", "wolf")).save(tmp_path / "model")
     address = f"--data_dir=tfds:more_beasts@{prepared / 'prepared'}"
-    evaluation = run_command("trainer.evaluate", f"--model_dir={model}", address, f"--report_dir={tmp_path / 'judged'}")
+    evaluation = run_command(
+        "trainer.evaluate", f"--model_dir={model}", address, f"--report_dir={tmp_path / 'evaluated'}"
+    )
     assert evaluation.returncode == 0, evaluation.stderr
-    metrics = files.read_json(f"{tmp_path}/judged/metrics.json")
+    metrics = files.read_json(f"{tmp_path}/evaluated/metrics.json")
     assert (metrics["validation_images"], metrics["bad_images"]) == (11, 0)
     assert {name: row["support"] for name, row in metrics["per_class"].items()} == {"bear": 5, "wolf": 6}
-    assert "data:image" in files.read(f"{tmp_path}/judged/index.html").decode()
+    assert "data:image" in files.read(f"{tmp_path}/evaluated/index.html").decode()
 
 
 @pytest.mark.slow
-def test_a_dataset_that_is_not_there_is_told_with_how_to_prepare_it(prepared, tmp_path):
+def test_an_unprepared_dataset_is_an_error_with_the_command(prepared, tmp_path):
     for address, said in (
         (f"tfds:beasts@{tmp_path}", f"not prepared .*tfds build beasts --data_dir={tmp_path}"),
         ("tfds:no_such_dataset_at_all", "is not prepared and cannot be downloaded .*tfds build no_such_dataset_at_all"),
         ("tfds:", "names no dataset"),
     ):
         with pytest.raises(UserError, match=said):
-            # in this process: the other tests show that the errors of another one arrive
+            # in this process; other tests show that the errors of a child process arrive
             (tfds._write_folder if address != "tfds:" else tfds.write_folder)(address, str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
 
 def test_a_dataset_without_a_train_split_is_the_users_error():
-    with pytest.raises(UserError, match=r"has the splits test, unlabelled, none of them train: name another dataset"):
+    with pytest.raises(UserError, match=r"has the splits test, unlabelled, none of them train: pass another dataset"):
         tfds._splits(["test", "unlabelled"], "tfds:x")
 
 
-def test_a_dataset_of_pictures_without_one_label_is_the_users_error(tmp_path):
-    import tensorflow_datasets as tfds
+def test_a_dataset_without_exactly_one_label_is_refused(tmp_path):
+    import tensorflow_datasets
 
-    pair = tfds.features.FeaturesDict({"one": tfds.features.Image(), "other": tfds.features.Image()})
+    features = tensorflow_datasets.features
+    pair = features.FeaturesDict({"one": features.Image(), "other": features.Image()})
     builder = SimpleNamespace(info=SimpleNamespace(features=pair))
-    with pytest.raises(UserError, match=r"tfds:x has 2 pictures and 0 labels an example, not 1 and 1"):
+    with pytest.raises(UserError, match=r"tfds:x has 2 images and 0 labels per example, expected 1 and 1"):
         tfds._write(builder, "tfds:x", str(tmp_path / "pictures"))
     assert not (tmp_path / "pictures").exists()

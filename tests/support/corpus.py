@@ -1,4 +1,4 @@
-"""Good, odd and bad files as people have them, made here, each with what is to come of it."""
+"""Valid, unusual and bad image files, each with the expected result."""
 
 import io
 import struct
@@ -13,22 +13,22 @@ WIDTH, HEIGHT = 96, 64
 
 
 class Case(NamedTuple):
-    """A file and its outcome: `reason` it begins with at listing, or the picture that Pillow sees in it.
+    """A file and its expected result: the image that Pillow decodes, or the start of the reason to reject it.
 
-    `is_refused_in_graph`: the bytes look right at listing, and decoding them raises InvalidArgumentError.
-    `tolerance` is the mean absolute difference allowed, in levels of 0 to 255.
+    `is_refused_in_graph`: formats.rejection_reason accepts the bytes, but decoding them raises InvalidArgumentError.
+    `tolerance` is the largest mean absolute difference, in levels of 0 to 255.
     """
 
     name: str
     contents: bytes
     reason: str = ""
     is_refused_in_graph: bool = False
-    expected: Callable[[], np.ndarray] | None = None  # uint8 [H, W, 3] where Pillow's own answer is not the right one
+    expected: Callable[[], np.ndarray] | None = None  # uint8 [H, W, 3] where Pillow's is wrong
     tolerance: float = 2.0
 
 
-def photograph(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """A smooth picture without symmetry, so that every turn, flip and mixing up of channels shows."""
+def sample_image(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+    """A smooth image without symmetry, so any rotation, flip or exchange of channels changes it."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     pixels = np.stack([255 * x, 255 * y, 127 + 120 * np.sin(5 * x + 3 * y)], -1)
     pixels[: height // 4, : width // 4] = (250, 20, 30)
@@ -36,21 +36,21 @@ def photograph(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
 
 
 def with_alpha() -> Image.Image:
-    """The same, fading out from top to bottom."""
-    image = photograph()
+    """The same image with an opacity that decreases from bottom to top."""
+    image = sample_image()
     image.putalpha(Image.linear_gradient("L").resize(image.size))
     return image
 
 
 def encode(image: Image.Image, file_format: str, **options) -> bytes:
-    """The picture as the bytes of a file."""
+    """The bytes of a file with the image."""
     file = io.BytesIO()
     image.save(file, file_format, **options)
     return file.getvalue()
 
 
 def as_seen(contents: bytes) -> np.ndarray:
-    """uint8 [H, W, 3]: what Pillow makes of a file: upright, first frame, transparency on white."""
+    """uint8 [H, W, 3]: the file as Pillow decodes it: upright, first frame, transparent pixels on white."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(contents)))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -60,7 +60,7 @@ def as_seen(contents: bytes) -> np.ndarray:
 
 
 def exif(orientation: int, *, endian: str = "<") -> bytes:
-    """An Exif block with nothing but the orientation, in Intel's (<) or Motorola's (>) byte order."""
+    """An Exif block with only the orientation, little-endian (<) or big-endian (>)."""
     entry = struct.pack(endian + "HHIHH", 0x0112, 3, 1, orientation, 0)
     order = b"II" if endian == "<" else b"MM"
     return b"Exif\0\0" + order + struct.pack(endian + "HIH", 42, 8, 1) + entry + bytes(4)
@@ -80,27 +80,27 @@ def _png(header: bytes, pixels: bytes, *, before: bytes = b"") -> bytes:
 
 def jpeg_claiming(width: int, height: int) -> bytes:
     """A JPEG whose frame header claims that size."""
-    contents = bytearray(encode(photograph(), "JPEG"))
+    contents = bytearray(encode(sample_image(), "JPEG"))
     at = contents.index(b"\xff\xc0")
     contents[at + 5 : at + 9] = struct.pack(">HH", height, width)
     return bytes(contents)
 
 
 def _gif_claiming(width: int, height: int) -> bytes:
-    contents = bytearray(encode(photograph(), "GIF"))
+    contents = bytearray(encode(sample_image(), "GIF"))
     contents[6:10] = struct.pack("<HH", width, height)
     return bytes(contents)
 
 
 def _gif_frame_claiming(width: int, height: int) -> bytes:
-    contents = bytearray(encode(photograph().quantize(), "GIF"))
+    contents = bytearray(encode(sample_image().quantize(), "GIF"))
     at = contents.index(b"\x2c" + struct.pack("<HHHH", 0, 0, WIDTH, HEIGHT))
     contents[at + 5 : at + 9] = struct.pack("<HH", width, height)
     return bytes(contents)
 
 
 def _bmp_claiming(width: int, height: int) -> bytes:
-    contents = bytearray(encode(photograph(), "BMP"))
+    contents = bytearray(encode(sample_image(), "BMP"))
     contents[18:26] = struct.pack("<ii", width, height)
     return bytes(contents)
 
@@ -113,13 +113,13 @@ def _webp_claiming(width: int, height: int) -> bytes:
 
 
 def _bmp_top_down() -> bytes:
-    contents = bytearray(encode(photograph().transpose(Image.Transpose.FLIP_TOP_BOTTOM), "BMP"))
+    contents = bytearray(encode(sample_image().transpose(Image.Transpose.FLIP_TOP_BOTTOM), "BMP"))
     contents[22:26] = struct.pack("<i", -HEIGHT)
     return bytes(contents)
 
 
 def _bmp_of_os2() -> bytes:
-    image = encode(photograph(), "BMP")
+    image = encode(sample_image(), "BMP")
     rows = image[struct.unpack_from("<I", image, 10)[0] :]
     return (
         b"BM" + struct.pack("<IHHI", 26 + len(rows), 0, 0, 26) + struct.pack("<IHHHH", 12, WIDTH, HEIGHT, 1, 24) + rows
@@ -135,23 +135,23 @@ def _bmp_of_4_bits() -> bytes:
 
 
 def _ycck() -> bytes:
-    """As Photoshop writes CMYK: Adobe's marker with transform 2. Built by relabelling channels that agree in value."""
-    contents = bytearray(encode(photograph().convert("CMYK"), "JPEG", quality=95))
+    """CMYK as Photoshop writes it: Adobe's marker with transform 2 (YCCK). Changes the marker, not the channels."""
+    contents = bytearray(encode(sample_image().convert("CMYK"), "JPEG", quality=95))
     at = contents.index(b"Adobe")
     contents[at + 11] = 2
     return bytes(contents)
 
 
 def _sixteen_bits() -> np.ndarray:
-    return np.asarray(photograph().convert("L")).astype(np.uint16) * 257
+    return np.asarray(sample_image().convert("L")).astype(np.uint16) * 257
 
 
-def _grey_of_sixteen_bits() -> np.ndarray:
-    return np.repeat(np.asarray(photograph().convert("L"))[..., None], 3, -1)
+def _gray_of_sixteen_bits() -> np.ndarray:
+    return np.repeat(np.asarray(sample_image().convert("L"))[..., None], 3, -1)
 
 
 def _rgb_png_of_16_bits() -> bytes:
-    pixels = np.asarray(photograph()).astype(">u2") * 257
+    pixels = np.asarray(sample_image()).astype(">u2") * 257
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
     return _png(struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0), zlib.compress(rows))
 
@@ -162,7 +162,7 @@ def _animation(file_format: str, image: Image.Image, **options) -> bytes:
 
 
 def _with_segments(contents: bytes, *segments: bytes) -> bytes:
-    """A JPEG with whole segments behind its first two bytes."""
+    """A JPEG with segments inserted after its first two bytes."""
     return contents[:2] + b"".join(segments) + contents[2:]
 
 
@@ -170,22 +170,22 @@ def _segment(marker: bytes, data: bytes) -> bytes:
     return marker + struct.pack(">H", len(data) + 2) + data
 
 
-def _turned(orientation: int, **options) -> bytes:
-    plain = encode(photograph(), "JPEG", quality=95)
+def _rotated(orientation: int, **options) -> bytes:
+    plain = encode(sample_image(), "JPEG", quality=95)
     return _with_segments(plain, _segment(b"\xff\xe1", exif(orientation, **options)))
 
 
 def good() -> list[Case]:
-    """Files that are pictures, however odd."""
-    jpeg = encode(photograph(), "JPEG", quality=95)
-    palette, transparent = photograph().quantize(64), with_alpha().quantize(64)
-    cases = [Case(f"jpeg turned by orientation {n}", _turned(n)) for n in range(1, 9)]
+    """Files that can be decoded."""
+    jpeg = encode(sample_image(), "JPEG", quality=95)
+    palette, transparent = sample_image().quantize(64), with_alpha().quantize(64)
+    cases = [Case(f"jpeg of orientation {n}", _rotated(n)) for n in range(1, 9)]
     cases += [
         Case(f"png of mode {mode}", encode(with_alpha().convert(mode), "PNG"))
         for mode in ("1", "L", "LA", "RGB", "RGBA")
     ]
     cases += [
-        Case(f"png of {2**bits} colours", encode(photograph().quantize(2**bits), "PNG", bits=bits))
+        Case(f"png of {2**bits} colors", encode(sample_image().quantize(2**bits), "PNG", bits=bits))
         for bits in (1, 2, 4, 8)
     ]
     cases += [
@@ -195,55 +195,55 @@ def good() -> list[Case]:
     return [
         *cases,
         Case("jpeg", jpeg),
-        Case("jpeg, progressive", encode(photograph(), "JPEG", progressive=True, quality=95)),
-        Case("jpeg, grey", encode(photograph().convert("L"), "JPEG", quality=95)),
-        Case("jpeg, CMYK", encode(photograph().convert("CMYK"), "JPEG", quality=95), tolerance=2),
+        Case("jpeg, progressive", encode(sample_image(), "JPEG", progressive=True, quality=95)),
+        Case("jpeg, gray", encode(sample_image().convert("L"), "JPEG", quality=95)),
+        Case("jpeg, CMYK", encode(sample_image().convert("CMYK"), "JPEG", quality=95), tolerance=2),
         Case("jpeg, Adobe YCCK", _ycck(), tolerance=3),
-        Case("jpeg, colours at full width", encode(photograph(), "JPEG", subsampling=0)),
-        Case("jpeg turned, Motorola's byte order", _turned(6, endian=">")),
+        Case("jpeg, full chroma resolution", encode(sample_image(), "JPEG", subsampling=0)),
+        Case("jpeg rotated, big-endian Exif", _rotated(6, endian=">")),
         Case(
-            "jpeg turned, JFIF and a profile first",
-            encode(photograph(), "JPEG", quality=95, exif=exif(8), icc_profile=bytes(3000)),
+            "jpeg rotated, JFIF and a profile first",
+            encode(sample_image(), "JPEG", quality=95, exif=exif(8), icc_profile=bytes(3000)),
         ),
-        Case("jpeg with orientation 9", _turned(9), expected=lambda: np.asarray(photograph())),
+        Case("jpeg with orientation 9", _rotated(9), expected=lambda: np.asarray(sample_image())),
         Case(
             "jpeg with a damaged Exif block",
             _with_segments(jpeg, _segment(b"\xff\xe1", b"Exif\0\0II*\0\xff\xff\xff\xff")),
-            expected=lambda: np.asarray(photograph()),
+            expected=lambda: np.asarray(sample_image()),
         ),
-        Case("jpeg with a film behind it", jpeg + b"ftypmp42" + bytes(20_000)),
-        Case("jpeg with a comment", encode(photograph(), "JPEG", quality=95, comment="by hand")),
-        Case("jpeg of one pixel", encode(photograph(1, 1), "JPEG")),
-        Case("jpeg, far wider than high", encode(photograph(700, 5), "JPEG", quality=95), tolerance=6),
+        Case("jpeg followed by a video", jpeg + b"ftypmp42" + bytes(20_000)),
+        Case("jpeg with a comment", encode(sample_image(), "JPEG", quality=95, comment="by hand")),
+        Case("jpeg of one pixel", encode(sample_image(1, 1), "JPEG")),
+        Case("jpeg, 140 times wider than high", encode(sample_image(700, 5), "JPEG", quality=95), tolerance=6),
         Case(
-            "png, interlaced or not, in one colour made transparent",
-            encode(photograph(), "PNG", transparency=(250, 20, 30)),
+            "png with one transparent color",
+            encode(sample_image(), "PNG", transparency=(250, 20, 30)),
         ),
-        Case("png of a palette that fades", encode(transparent, "PNG")),
-        Case("png of 16 bits, grey", encode(Image.fromarray(_sixteen_bits()), "PNG"), expected=_grey_of_sixteen_bits),
-        Case("png of 16 bits, RGB", _rgb_png_of_16_bits(), expected=lambda: np.asarray(photograph())),
-        Case("png turned", encode(photograph(), "PNG", exif=exif(6))),
-        Case("png, animated", _animation("PNG", photograph())),
+        Case("png of a palette with alpha", encode(transparent, "PNG")),
+        Case("png of 16 bits, gray", encode(Image.fromarray(_sixteen_bits()), "PNG"), expected=_gray_of_sixteen_bits),
+        Case("png of 16 bits, RGB", _rgb_png_of_16_bits(), expected=lambda: np.asarray(sample_image())),
+        Case("png rotated", encode(sample_image(), "PNG", exif=exif(6))),
+        Case("png, animated", _animation("PNG", sample_image())),
         Case("gif", encode(palette, "GIF")),
-        Case("gif, animated", _animation("GIF", photograph())),
+        Case("gif, animated", _animation("GIF", sample_image())),
         Case("gif, partly transparent", encode(palette, "GIF", transparency=7)),
         Case("bmp, top down", _bmp_top_down()),
         Case("bmp of OS/2", _bmp_of_os2()),
-        Case("bmp of 16 colours", _bmp_of_4_bits()),
-        Case("webp, lossy", encode(photograph(), "WEBP", quality=95), tolerance=3),
-        Case("webp, lossless", encode(photograph(), "WEBP", lossless=True)),
-        Case("webp, lossy, fading", encode(with_alpha(), "WEBP", quality=95), tolerance=3),
-        Case("webp, lossless, fading", encode(with_alpha(), "WEBP", lossless=True)),
-        Case("webp, animated", _animation("WEBP", photograph(), quality=95), tolerance=3),
-        Case("webp, animated, fading", _animation("WEBP", with_alpha(), lossless=True)),
-        Case("webp turned", encode(photograph(), "WEBP", lossless=True, exif=exif(6)[6:])),
+        Case("bmp of 16 colors", _bmp_of_4_bits()),
+        Case("webp, lossy", encode(sample_image(), "WEBP", quality=95), tolerance=3),
+        Case("webp, lossless", encode(sample_image(), "WEBP", lossless=True)),
+        Case("webp, lossy, with alpha", encode(with_alpha(), "WEBP", quality=95), tolerance=3),
+        Case("webp, lossless, with alpha", encode(with_alpha(), "WEBP", lossless=True)),
+        Case("webp, animated", _animation("WEBP", sample_image(), quality=95), tolerance=3),
+        Case("webp, animated, with alpha", _animation("WEBP", with_alpha(), lossless=True)),
+        Case("webp rotated", encode(sample_image(), "WEBP", lossless=True, exif=exif(6)[6:])),
     ]
 
 
 def bad() -> list[Case]:
-    """Files that are no pictures, or that cannot or must not be decoded."""
-    jpeg, png = encode(photograph(), "JPEG"), encode(photograph(), "PNG")
-    webp, bmp = encode(photograph(), "WEBP"), encode(photograph(), "BMP")
+    """Files that are not images, or that cannot or must not be decoded."""
+    jpeg, png = encode(sample_image(), "JPEG"), encode(sample_image(), "PNG")
+    webp, bmp = encode(sample_image(), "WEBP"), encode(sample_image(), "BMP")
     flipped = bytearray(png)
     flipped[len(png) // 2] ^= 0xFF
     claims = {"JPEG": jpeg_claiming, "PNG": png_claiming, "GIF": _gif_claiming, "BMP": _bmp_claiming}
@@ -256,7 +256,7 @@ def bad() -> list[Case]:
         Case("bomb WebP", _webp_claiming(16_384, 16_384), "WebP header claims 16384 x 16384"),
         Case("bomb in the frame of a GIF", _gif_frame_claiming(65_535, 65_535), "GIF header claims 65535 x 65535"),
         Case("empty", b"", "empty file"),
-        Case("text", b"these are my holiday pictures\n" * 9, "not a JPEG"),
+        Case("text", b"these are my holiday photos\n" * 9, "not a JPEG"),
         Case("web page", b"\n<!DOCTYPE html><html>404</html>" + bytes(99), "a web page"),
         Case("svg", b"<?xml version='1.0'?><svg xmlns='...'></svg>" * 2, "SVG drawing: convert"),
         Case("zeros", bytes(5_000), "only zeros"),
@@ -266,11 +266,11 @@ def bad() -> list[Case]:
         Case("png, first half", png[: len(png) // 2], "truncated PNG"),
         Case("png with a flipped byte", bytes(flipped), is_refused_in_graph=True),
         Case("png of no width", png_claiming(0, 5), "damaged PNG: its header claims 0 x 5"),
-        Case("gif cut in its header", encode(photograph(), "GIF")[:30], "truncated GIF"),
+        Case("gif cut in its header", encode(sample_image(), "GIF")[:30], "truncated GIF"),
         Case("webp, first half", webp[: len(webp) // 2], "truncated WebP"),
         Case("bmp, first half", bmp[: len(bmp) // 2], "truncated BMP"),
         Case("bmp of 16 bits", bmp[:28] + b"\x10" + bmp[29:], "BMP of 16 bits per pixel"),
-        Case("tiff", encode(photograph(), "TIFF"), "TIFF picture: convert it with `magick"),
-        Case("heic", b"\0\0\0\x18ftypheic" + bytes(200), "HEIC picture: convert it with `heif-convert"),
-        Case("avif", b"\0\0\0\x18ftypavif" + bytes(200), "AVIF picture: convert it with `avifdec"),
+        Case("tiff", encode(sample_image(), "TIFF"), "TIFF image: convert it with `magick"),
+        Case("heic", b"\0\0\0\x18ftypheic" + bytes(200), "HEIC image: convert it with `heif-convert"),
+        Case("avif", b"\0\0\0\x18ftypavif" + bytes(200), "AVIF image: convert it with `avifdec"),
     ]

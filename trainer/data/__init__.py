@@ -1,0 +1,1 @@
+"""From a folder of images to batches: listing, checks, split, decoding, preprocessing and the input pipeline."""

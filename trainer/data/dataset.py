@@ -1,6 +1,6 @@
-"""A folder of pictures, one sub-folder per class -> Examples, split into training and validation.
+"""Reads a folder of images, one sub-folder per class, into Examples.
 
-No TensorFlow: the folder is read, and its mistakes are told, before TensorFlow's four seconds of import.
+No TensorFlow: errors of the folder are reported before TensorFlow's import, which takes four seconds.
 Shapes: N examples, C classes.
 """
 
@@ -9,40 +9,41 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data import file_checks, listing, shards
-from trainer.data.listing import BadFile, SplitFolders, printable
+from trainer.data import file_checks, shards
+from trainer.data.listing import BadFile, SplitFolders, list_files, printable
 from trainer.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """N pictures: path relative to the data directory, class index, MD5 of the content as hex."""
+    """N images: path relative to the data directory, class index, MD5 of the content as hex."""
 
     paths: np.ndarray  # str objects [N]
     labels: np.ndarray  # int32 [N]
     hashes: np.ndarray  # str objects [N]
 
     def take(self, indices: np.ndarray) -> "Examples":
-        """The examples at those positions (or where a boolean mask is true), in that order."""
+        """The examples at those indices (or where a boolean mask is true), in that order."""
         return Examples(self.paths[indices], self.labels[indices], self.hashes[indices])
 
     def __len__(self) -> int:
         return len(self.paths)
 
 
-class Folder(NamedTuple):
-    """What was found in a data directory: classes in sorted order, good examples in sorted order, bad files."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folder:
+    """The contents of a data directory: classes and readable examples in sorted order, bad files."""
 
     class_names: tuple[str, ...]
     examples: Examples
     bad_files: tuple[BadFile, ...]
-    formats: frozenset[str] = frozenset()  # formats of the good examples, as formats.kind names them
-    pack: shards.Pack | None = None  # where the pictures lie in shards
-    split_folders: SplitFolders | None = None  # where the folder says itself what is held out
+    formats: frozenset[str] = frozenset()  # of the examples, as in formats.detect_format
+    pack: shards.Pack | None = None  # the shards that hold the images
+    split_folders: SplitFolders | None = None  # if the folder is split already
 
 
 class Split(NamedTuple):
-    """The two sides of the split; no content is on both sides within a class."""
+    """The two sides of a split; within a class, no content is on both sides."""
 
     training: Examples
     validation: Examples
@@ -51,39 +52,46 @@ class Split(NamedTuple):
 def read_folder(
     data_dir: str, *, max_bad_fraction: float = 1.0, progress: bool = False, read_parallelism: int = 0
 ) -> Folder:
-    """Looks at every file below `data_dir`/CLASS/ once, in parallel: its hash, and whether it looks like a picture.
+    """Checks every file below `data_dir`/CLASS/ once, in parallel: its hash, and whether it looks like an image.
 
-    A bucket lists the hashes, so of an object only the ends are read, `read_parallelism` at once (0: as many as suit).
+    A bucket lists the hashes, so only the ends of an object are read, `read_parallelism` at once (0: chosen here).
+    If `data_dir` contains the folders train and val (or training, valid, validation), the classes are below these.
 
-    Where `data_dir` holds a folder train and a folder val (or training, valid, validation), the classes lie below these.
-    Raises UserError where there is nothing to train on: no such folder, no sub-folders, one class, a class without a
-    readable picture, or a share of bad files above `max_bad_fraction`.
+    Raises:
+      UserError: `data_dir` does not exist, has fewer than two classes or a class without a readable image, or the
+        fraction of bad files is above `max_bad_fraction`.
     """
     if pack := shards.open_pack(data_dir):
         return _from_pack(pack)
-    found = listing.list_files(data_dir)
-    paths, class_names = found.paths, found.class_names
-    checks = file_checks.check_files(data_dir, found, progress=progress, read_parallelism=read_parallelism)
+    listing = list_files(data_dir)
+    paths, class_names = listing.paths, listing.class_names
+    checks = file_checks.check_files(data_dir, listing, progress=progress, read_parallelism=read_parallelism)
     bad_files = [
         BadFile(printable(path), check.reason) for path, check in zip(paths, checks, strict=True) if check.reason
     ]
-    bad_files += found.bad_folders
+    bad_files += listing.bad_folders
     examples = Examples(
         np.array(paths, object),
-        np.array(found.labels, np.int32),
+        np.array(listing.labels, np.int32),
         np.array([check.content_hash for check in checks], object),
     ).take(np.array([not check.reason for check in checks], bool))
     _check_classes(data_dir, class_names, examples, bad_files)
-    file_checks.check_bad_fraction(len(bad_files), len(paths) + len(found.bad_folders), bad_files[:1], max_bad_fraction)
-    image_formats = frozenset(check.kind for check in checks if not check.reason)
-    return Folder(class_names, examples, tuple(bad_files), image_formats, split_folders=found.split_folders)
+    num_entries = len(paths) + len(listing.bad_folders)
+    file_checks.check_bad_fraction(len(bad_files), num_entries, bad_files[:1], max_bad_fraction)
+    return Folder(
+        class_names=class_names,
+        examples=examples,
+        bad_files=tuple(bad_files),
+        formats=frozenset(check.image_format for check in checks if not check.reason),
+        split_folders=listing.split_folders,
+    )
 
 
 def _from_pack(pack: shards.Pack) -> Folder:
-    """What read_folder found when the pack was made."""
+    """The Folder that was packed."""
     examples = Examples(
         np.array([record.path for record in pack.records], object),
-        shards.labels_of(pack),
+        np.array([record.label for record in pack.records], np.int32),
         np.array([record.content_hash for record in pack.records], object),
     )
     manifest = pack.manifest
@@ -91,9 +99,13 @@ def _from_pack(pack: shards.Pack) -> Folder:
     if manifest["sides"]:
         training, validation, left_out = manifest["sides"]
         split_folders = SplitFolders(training, validation, tuple(left_out))
-    bad_files = tuple(BadFile(*bad) for bad in manifest["bad_files"])
     return Folder(
-        tuple(manifest["class_names"]), examples, bad_files, frozenset(manifest["kinds"]), pack, split_folders
+        class_names=tuple(manifest["class_names"]),
+        examples=examples,
+        bad_files=tuple(BadFile(path, reason) for path, reason in manifest["bad_files"]),
+        formats=frozenset(manifest["kinds"]),
+        pack=pack,
+        split_folders=split_folders,
     )
 
 
@@ -101,8 +113,8 @@ def _check_classes(data_dir: str, class_names: tuple[str, ...], examples: Exampl
     counts = np.bincount(examples.labels, minlength=len(class_names))
     if not counts.any():
         reasons = f" The first is {bad_files[0].path!r}: {bad_files[0].reason}." if bad_files else ""
-        raise UserError(f"--data_dir={data_dir} holds no readable picture in {len(class_names)} sub-folders.{reasons}")
+        raise UserError(f"--data_dir={data_dir} holds no readable image in {len(class_names)} sub-folders.{reasons}")
     if not counts.all():
         empty = class_names[int(np.argmin(counts))]
         reasons = "".join(f" {b.path!r}: {b.reason}." for b in bad_files if b.path.startswith(empty + "/"))[:300]
-        raise UserError(f"Class {empty!r} in {data_dir} holds no readable picture: add some or remove it.{reasons}")
+        raise UserError(f"Class {empty!r} in {data_dir} holds no readable image: add some or remove it.{reasons}")

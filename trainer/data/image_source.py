@@ -20,9 +20,9 @@ from trainer.storage import files
 class ImageSource:
     """All images of a job, in the order of their paths, so that jobs with other splits share the cached features.
 
-    `split_indices` are the positions of the training and of the validation images, int64 [N] and [V]. `bad_files` are
-    the files that could not be used so far, by path. `failure` is the error of a bucket while TensorFlow was asking for
-    an image, since TensorFlow replaces it by an error of its own.
+    `split_indices` are the indices of the training and of the validation images, int64 [N] and [V]. `bad_files` are
+    the files that could not be used so far, by path. `failure` is the last error of a bucket: TensorFlow, which calls
+    `read`, replaces it by an error of its own.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ImageSource:
             self._decoded = input_pipeline.decode_all(source, self._cache.path(f"all-{worker_index}"), on_images)
 
     def source(self, indices: np.ndarray) -> ArraySource | FileSource:
-        """The images at those positions, in that order, as a source of batches."""
+        """The images at those indices, in that order, as a source of batches."""
         return self._decoded._replace(indices=tf.constant(indices)) if self._decoded else self._file_source(indices)
 
     def _file_source(self, indices: np.ndarray) -> FileSource:

@@ -1,5 +1,9 @@
-"""What lies in a data directory, local or gs://, before any file is read: classes, paths, sides. No TensorFlow."""
+"""Lists a data directory, local or gs://, without reading the files: classes, paths, folders of a split.
 
+No TensorFlow.
+"""
+
+import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,65 +14,60 @@ from trainer.storage import files
 if TYPE_CHECKING:
     from trainer.storage import gcs
 
-
-# Left behind by file managers; compared in lower case.
+# Created by file managers; compared in lower case.
 IGNORED_NAMES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "icon\r"})
-
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 
-
 # Folders of a data directory that is split already; compared in lower case.
 TRAINING_FOLDERS = ("train", "training")
-
-
 VALIDATION_FOLDERS = ("val", "valid", "validation")
-
-
 TEST_FOLDERS = ("test", "testing")
 
 
 class BadFile(NamedTuple):
-    """A file that is not a picture to train on, and why."""
+    """A file that cannot be used, and the reason."""
 
     path: str
     reason: str
 
 
 class Entry(NamedTuple):
-    """A name in a folder."""
+    """A file or folder in a directory."""
 
     name: str
     is_folder: bool
 
 
-Scan = Callable[[str], list[Entry]]  # of a directory; raises OSError
+Scan = Callable[[str], list[Entry]]  # lists a directory; raises OSError
 
 
 class SplitFolders(NamedTuple):
-    """The sub-folders of a data directory that is split already, as they are called there."""
+    """The names of the sub-folders of a data directory that is split already."""
 
     training: str
     validation: str
     left_out: tuple[str, ...]
 
 
-class Listing(NamedTuple):
-    """What lies in a data directory, before any file is read; paths in sorted order within each class.
-
-    Of a bucket, `objects` has what it tells of each path: size and hash.
-    """
+@dataclasses.dataclass(frozen=True, eq=False)
+class Listing:
+    """The contents of a data directory; paths in sorted order within each class."""
 
     class_names: tuple[str, ...]
     paths: list[str]  # relative to the data directory
-    labels: list[int]
-    bad_folders: list[BadFile]
+    labels: list[int]  # class index of each path
+    bad_folders: list[BadFile]  # folders that are named like an image
     split_folders: SplitFolders | None
-    objects: "dict[str, gcs.ObjectInfo]"
+    objects: "dict[str, gcs.ObjectInfo]"  # size and hash of each path in a bucket; empty for a local directory
 
 
 def list_files(data_dir: str) -> Listing:
-    """Lists a data directory. Raises UserError if it has not two classes, or classes that labels.txt cannot hold."""
+    """Lists a data directory.
+
+    Raises UserError if it cannot be listed, has fewer than two classes, or has a class name that does not fit in
+    labels.txt.
+    """
     data_dir = data_dir.rstrip("/") or "/"
     objects: dict[str, Any] = {}
     scan: Scan = _scan_disk
@@ -85,32 +84,40 @@ def list_files(data_dir: str) -> Listing:
     paths, labels, bad_folders = [], [], []
     for side in [f"{split_folders.training}/", f"{split_folders.validation}/"] if split_folders else [""]:
         for label, class_name in enumerate(class_names):
-            found, named_like_images = _files_below(scan, f"{data_dir}/{side}{class_name}", side + class_name)
-            reason = "a folder named like a picture: its files are not read"
+            directory = files.join(data_dir, side + class_name)
+            class_paths, named_like_images = _files_below(scan, directory, side + class_name)
+            reason = "a folder named like an image: its files are not read"
             bad_folders += [BadFile(printable(path), reason) for path in sorted(named_like_images)]
-            paths += sorted(found)
-            labels += [label] * len(found)
-    return Listing(class_names, paths, labels, bad_folders, split_folders, objects)
+            paths += sorted(class_paths)
+            labels += [label] * len(class_paths)
+    return Listing(
+        class_names=class_names,
+        paths=paths,
+        labels=labels,
+        bad_folders=bad_folders,
+        split_folders=split_folders,
+        objects=objects,
+    )
 
 
 def printable(path: str) -> str:
-    """The path as UTF-8 can write it: bytes of a name that are no UTF-8 become \\xNN."""
+    """The path with the bytes that are not UTF-8 written as \\xNN."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _find_split_folders(scan: Scan, data_dir: str) -> SplitFolders | None:
-    """The folders train and val of a data directory (or training, valid, validation), None if it has not both."""
+    """The folders train and val of a data directory (or training, valid, validation); None unless it has both."""
     names = {name.lower(): name for name in sorted(_folder_names(scan, data_dir)[0])}
     training = [names[name] for name in TRAINING_FOLDERS if name in names]
     validation = [names[name] for name in VALIDATION_FOLDERS if name in names]
     tests = [names[name] for name in TEST_FOLDERS if name in names]
     if len(training) != 1 or len(validation) != 1 or len(names) != 2 + len(tests):
-        return None  # with any other folder beside them they are classes that happen to be called so
+        return None  # with any other folder beside them, they are classes of that name
     return SplitFolders(training[0], validation[0], tuple(tests))
 
 
 def _folder_names(scan: Scan, data_dir: str) -> tuple[list[str], int]:
-    """The names of the sub-folders that count, and how many entries there are in all. Raises UserError without a folder."""
+    """The names of the sub-folders and the number of entries, without ignored names. Raises UserError if it fails."""
     try:
         entries = [entry for entry in scan(data_dir) if not is_ignored(entry.name)]
     except FileNotFoundError:
@@ -124,83 +131,87 @@ def _folder_names(scan: Scan, data_dir: str) -> tuple[list[str], int]:
 
 def _class_names(scan: Scan, data_dir: str, split_folders: SplitFolders | None) -> tuple[str, ...]:
     if split_folders:
-        names, validated = (sorted(_folder_names(scan, f"{data_dir}/{side}")[0]) for side in split_folders[:2])
-        unknown = sorted(set(validated) - set(names))
-        if unknown:
+        names = sorted(_folder_names(scan, files.join(data_dir, split_folders.training))[0])
+        validation_dir = files.join(data_dir, split_folders.validation)
+        untrained = sorted(set(_folder_names(scan, validation_dir)[0]) - set(names))
+        if untrained:
             raise UserError(
-                f"{data_dir}/{split_folders.validation} has the class {unknown[0]!r}, {split_folders.training} has not: add pictures to "
-                "train it on, or take it out."
+                f"{validation_dir} has the class {untrained[0]!r}, {split_folders.training} does not: add training "
+                "images of the class, or remove it."
             )
         num_entries = len(names)
     else:
         names, num_entries = _folder_names(scan, data_dir)
     if not names:
         raise UserError(
-            f"--data_dir={data_dir} has no sub-folders ({num_entries} files): put the pictures of each class in a "
-            "folder of its own, named as the class."
+            f"--data_dir={data_dir} has no sub-folders ({num_entries} files): put the images of each class in a "
+            "folder with the name of the class."
         )
     if len(names) == 1:
         raise UserError(
-            f"--data_dir={data_dir} has one class only, {names[0]!r}: there is nothing to tell apart; add a folder "
+            f"--data_dir={data_dir} has only one class, {names[0]!r}, but a classifier needs two or more: add a folder "
             "for each further class."
         )
     for name in names:
         if "\n" in name or "\r" in name or printable(name) != name:
             raise UserError(
-                f"The class {name!r} in {data_dir} cannot stand as one line of UTF-8 in labels.txt: rename the folder "
-                "without line ends, in UTF-8."
+                f"The class {name!r} in {data_dir} cannot be written as one line of UTF-8 in labels.txt: rename the "
+                "folder, in UTF-8 and without line breaks."
             )
     return tuple(sorted(names))
 
 
 def list_files_below(path: str) -> list[str] | None:
-    """A file's own path, or those of all files below a folder, in order; None if there is neither."""
+    """The paths of all files below a folder, sorted; of a file its own path; None if `path` does not exist."""
     if not files.is_remote(path):
         if not os.path.isdir(path):
             return [path] if os.path.exists(path) else None
-        found = []
+        paths = []
         for directory, folders, names in os.walk(path):
             folders[:] = sorted(name for name in folders if not is_ignored(name))
-            found += [os.path.join(directory, name) for name in sorted(names) if not is_ignored(name)]
-        return found
+            paths += [files.join(directory, name) for name in sorted(names) if not is_ignored(name)]
+        return paths
     from trainer.storage import gcs
 
     objects = gcs.list_tree(path)
     if not objects:
         return [path] if gcs.stat(path) else None
-    is_shown = {name: name[-1] != "/" and not any(map(is_ignored, name.split("/"))) for name in objects}
-    return [files.join(path, name) for name in objects if is_shown[name]]
+    return [
+        files.join(path, name)
+        for name in objects
+        if not name.endswith("/") and not any(is_ignored(part) for part in name.split("/"))
+    ]
 
 
 def _files_below(scan: Scan, directory: str, relative: str) -> tuple[list[str], list[str]]:
-    """Paths of all files at any depth, and of folders named like pictures, which are not entered.
+    """The paths of all files at any depth, and of the folders that are named like an image, which are not listed.
 
-    Links are followed; a directory that is its own ancestor is entered once. No such directory: no files.
+    Follows links; a directory that is its own ancestor is listed once. A missing directory has no files.
     """
-    found, named_like_images, seen, waiting = [], [], set(), [(directory, relative)]
-    while waiting:
-        directory, relative = waiting.pop()
+    paths, named_like_images, seen, pending = [], [], set(), [(directory, relative)]
+    while pending:
+        directory, relative = pending.pop()
         identity = directory if files.is_remote(directory) else os.path.realpath(directory)
         if identity in seen:
             continue
         seen.add(identity)
         try:
             entries = scan(directory)
-        except FileNotFoundError:  # a class that has no folder on one side of a given split
+        except FileNotFoundError:  # a class without a folder on one side of the split
             continue
         except OSError as error:
-            raise UserError(f"{directory} cannot be listed: {error.strerror}. Grant reading or move it away.") from None
+            raise UserError(f"{directory} cannot be listed: {error.strerror}. Grant read access or move it.") from None
         for entry in entries:
             path = f"{relative}/{entry.name}"
             if is_ignored(entry.name):
                 continue
             if not entry.is_folder:
-                found.append(path)
+                paths.append(path)
             elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
                 named_like_images.append(path)
             else:
-                waiting.append((f"{directory}/{entry.name}", path))
-    return found, named_like_images
+                pending.append((files.join(directory, entry.name), path))
+    return paths, named_like_images
 
 
 def _scan_disk(directory: str) -> list[Entry]:
@@ -211,19 +222,19 @@ def _scan_disk(directory: str) -> list[Entry]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself; what reads it will say so
+    except OSError:  # a link to itself; reading it reports the error
         return False
 
 
 def _scan_names(root: str, names: Iterable[str]) -> Scan:
-    """As _scan_disk, of the folders that the slashes in the names of objects make. Placeholders are folders."""
+    """As _scan_disk, for object names: slashes make folders, and a name that ends in a slash is a folder."""
     folders: dict[str, set[Entry]] = {}
     for name in names:
         *parents, last = name.split("/")
         directory = root
         for parent in parents:
             folders.setdefault(directory, set()).add(Entry(parent, True))
-            directory = f"{directory}/{parent}"
+            directory = files.join(directory, parent)
         entries = folders.setdefault(directory, set())
         if last:
             entries.add(Entry(last, False))
@@ -237,5 +248,5 @@ def _scan_names(root: str, names: Iterable[str]) -> Scan:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file or folder of that name is hidden, or left behind by a file manager."""
+    """Whether a file or folder of that name is hidden, or created by a file manager."""
     return name.startswith(".") or name.lower() in IGNORED_NAMES

@@ -1,6 +1,6 @@
-"""From the bytes of a picture to what the network sees: one way for training, evaluation and serving.
+"""Turns the bytes of an image into the input of the network, the same for training, evaluation and serving.
 
-Shapes: B pictures, S pixels to a side.
+Shapes: B images in a batch, S pixels to a side, N examples.
 """
 
 import numpy as np
@@ -8,33 +8,36 @@ import tensorflow as tf
 
 from trainer.data import decoders
 
-# Means of ImageNet's training pictures, blue, green, red: Keras' ResNet50 weights were trained on pictures less these
-# (the "caffe" mode of keras.applications.imagenet_utils.preprocess_input).
+# Channel means of ImageNet's training images, blue, green, red. Keras' ResNet50 weights were trained on images minus
+# these means (the "caffe" mode of keras.applications.imagenet_utils.preprocess_input).
 IMAGENET_BGR_MEANS = (103.939, 116.779, 123.68)
 
 
 def decode_image(contents: tf.Tensor, image_size: int, *, with_webp: bool = True) -> tf.Tensor:
-    """The picture upright as uint8 [S, S, 3], RGB, squeezed to a square, from the bytes of a file of any kind we read.
+    """Decodes the bytes of a file to an upright RGB image uint8 [S, S, 3], resized without keeping the aspect ratio.
 
-    JPEG, PNG, GIF (first frame), BMP, WebP, by content; what shines through is laid on white (see decoders).
-    A JPEG of twice the size or more is decoded at a half, quarter or eighth of it, which libjpeg does at a fraction of
-    the cost; what was more than twice as large is averaged down (area), the rest is bilinear.
-    Raises tf.errors.InvalidArgumentError when run on anything else, or on a header that claims too many pixels.
+    Supports JPEG, PNG, GIF (first frame), BMP and WebP, detected by content; transparent pixels are composited on white
+    (see decoders). A JPEG of twice the size or more is decoded at 1/2, 1/4 or 1/8 of its size, which libjpeg does at a
+    fraction of the cost. An image more than twice as large is resized by area, any other bilinearly.
+    Raises tf.errors.InvalidArgumentError when it runs on other bytes, or on a header that claims too many pixels.
     """
     return _resize_decoded(decoders.decode(contents, image_size, with_webp=with_webp), image_size)
 
 
 def decode_jpeg_image(contents: tf.Tensor, image_size: int) -> tf.Tensor:
-    """As `decode`, of a JPEG alone: the same picture by a small graph."""
+    """As `decode_image`, for JPEG only: the same image from a smaller graph."""
     return _resize_decoded(decoders.decode_jpeg(contents, image_size), image_size)
 
 
 def resize(pixels: tf.Tensor, image_size: int, *, is_reduced: tf.Tensor | bool = False) -> tf.Tensor:
-    """Pictures uint8 [..., h, w, 3] squeezed to squares, uint8 [..., S, S, 3]; `is_reduced`: they were larger before."""
+    """Resizes images uint8 [..., h, w, 3] to squares uint8 [..., S, S, 3] without keeping the aspect ratio.
+
+    `is_reduced` says that the decoder has already reduced them, so they are resized by area.
+    """
     is_large = is_reduced | (tf.reduce_min(tf.shape(pixels)[-3:-1]) > 2 * image_size)
     size = [image_size, image_size]
     resized = tf.cond(is_large, lambda: _resize_by_area(pixels, size), lambda: tf.image.resize(pixels, size))
-    return tf.cast(tf.round(resized), tf.uint8)  # both ways to resize average, so nothing leaves 0 to 255
+    return tf.cast(tf.round(resized), tf.uint8)  # both methods average, so values stay in 0 to 255
 
 
 @decoders.rarely_used
@@ -46,14 +49,14 @@ def _resize_decoded(decoded: decoders.Decoded, image_size: int) -> tf.Tensor:
     image = decoded.pixels
     image.set_shape([None, None, 3])
     resized = resize(image, image_size, is_reduced=decoded.is_reduced)
-    # A square turned after the squeeze is the picture squeezed after the turn, and it is the smaller one to turn.
+    # Rotating the resized square gives the same image as resizing the rotated one, on fewer pixels.
     return tf.ensure_shape(decoders.apply_orientation(resized, decoded.orientation), [image_size, image_size, 3])
 
 
 def preprocess(images: tf.Tensor, preprocessing: str) -> tf.Tensor:
-    """What the network takes, float32 [B, S, S, 3], from RGB of 0 to 255, any number type, same shape.
+    """The input of the network, float32 [B, S, S, 3], from RGB in 0 to 255 of any numeric dtype and the same shape.
 
-    `imagenet`: blue, green, red, less the means of ImageNet, as Keras' weights expect. `rescale`: times 1/255.
+    `imagenet`: blue, green, red, minus the means of ImageNet, as Keras' weights expect. `rescale`: times 1/255.
     """
     images = tf.cast(images, tf.float32)
     if preprocessing == "rescale":
@@ -63,36 +66,33 @@ def preprocess(images: tf.Tensor, preprocessing: str) -> tf.Tensor:
 
 NUM_AUGMENTATION_DRAWS = 8
 
-
-# Share of the picture's area; Inception's 0.08 (arXiv:1409.4842) is for a million pictures, not a folder.
+# Fraction of the image's area. Inception's 0.08 (arXiv:1409.4842) is for a million images, not for a small folder.
 MIN_CROP_AREA = 0.5
 
-
-# How far from 1 the factors go: what cameras and light differ by; what is seen stays what it is. Hue is left alone, since
-# colour tells many classes apart.
+# Largest distance of the factors from 1: the range in which cameras and light differ, so the label stays valid. Hue is
+# not changed, because color distinguishes many classes.
 BRIGHTNESS, SATURATION, CONTRAST = 0.2, 0.3, 0.2
-
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601, as JPEG
 
 
 def augmentation_draws(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    """Uniform random numbers in [0, 1) for `augment`, float32 [N, NUM_AUGMENTATION_DRAWS]: a function of (seed, epoch)."""
-    generator = np.random.default_rng([seed, epoch, 1])  # 1: another stream than that of the order
+    """Uniform random numbers in [0, 1) for `augment`, float32 [N, NUM_AUGMENTATION_DRAWS], from (seed, epoch)."""
+    generator = np.random.default_rng([seed, epoch, 1])  # 1: a stream of its own, apart from the order's
     return generator.random((num_examples, NUM_AUGMENTATION_DRAWS), np.float32)
 
 
 def augment(images: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-    """Each picture cropped, flipped and recoloured by its own draws: float32 [B, S, S, 3] of 0 to 255 from uint8.
+    """Crops, flips and recolors each image by its own draws: float32 [B, S, S, 3] in 0 to 255 from uint8.
 
-    `draws` is float32 [B, NUM_AUGMENTATION_DRAWS], uniform in [0, 1): area, proportions, position (2), flip, brightness,
-    saturation, contrast. The result depends on nothing else, so a picture meets the same change whichever worker or
-    restart handles it.
+    `draws` is float32 [B, NUM_AUGMENTATION_DRAWS], uniform in [0, 1): area, aspect ratio, position (2), flip,
+    brightness, saturation, contrast. The result depends on nothing else, so the augmentation of an image is the same on
+    every worker and after a restart.
     """
     area = MIN_CROP_AREA + (1 - MIN_CROP_AREA) * draws[:, 0]
-    proportions = tf.exp(tf.math.log(4 / 3) * (2 * draws[:, 1] - 1))  # width to height, 3:4 to 4:3
-    height = tf.minimum(tf.sqrt(area / proportions), 1.0)
-    width = tf.minimum(tf.sqrt(area * proportions), 1.0)
+    aspect_ratio = tf.exp(tf.math.log(4 / 3) * (2 * draws[:, 1] - 1))  # width to height, 3:4 to 4:3
+    height = tf.minimum(tf.sqrt(area / aspect_ratio), 1.0)
+    width = tf.minimum(tf.sqrt(area * aspect_ratio), 1.0)
     top, left = draws[:, 2] * (1 - height), draws[:, 3] * (1 - width)
     is_flipped = draws[:, 4] < 0.5
     left, right = tf.where(is_flipped, left + width, left), tf.where(is_flipped, left, left + width)
@@ -103,15 +103,15 @@ def augment(images: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
 
 
 def _adjust_colors(images: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-    """Brightness, saturation and contrast at once, since all are linear: a 3 x 3 matrix and an offset per picture."""
+    """Applies brightness, saturation and contrast, which are all linear, as a 3 x 3 matrix and an offset per image."""
     factors = 1 + tf.constant([BRIGHTNESS, SATURATION, CONTRAST]) * (2 * draws - 1)  # [B, 3]
     brightness, saturation, contrast = (factors[:, i, None, None] for i in range(3))
-    grey = tf.constant(LUMA)[:, None] * tf.ones([1, 3])  # maps RGB to its luma, three times
-    matrix = brightness * contrast * (saturation * tf.eye(3) + (1 - saturation) * grey)  # [B, 3, 3]
+    gray = tf.constant(LUMA)[:, None] * tf.ones([1, 3])  # maps RGB to its luma, three times
+    matrix = brightness * contrast * (saturation * tf.eye(3) + (1 - saturation) * gray)  # [B, 3, 3]
     shape = tf.shape(images)
     flat = tf.reshape(images, [shape[0], -1, 3])  # [B, S*S, 3]
     mean_luma = tf.reduce_sum(
         tf.reduce_mean(flat, axis=1, keepdims=True) * tf.constant(LUMA), -1, keepdims=True
     )  # [B, 1, 1]
-    changed = tf.linalg.matmul(flat, matrix) + brightness * (1 - contrast) * mean_luma
-    return tf.reshape(tf.clip_by_value(changed, 0.0, 255.0), shape)
+    adjusted = tf.linalg.matmul(flat, matrix) + brightness * (1 - contrast) * mean_luma
+    return tf.reshape(tf.clip_by_value(adjusted, 0.0, 255.0), shape)

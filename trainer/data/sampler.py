@@ -1,28 +1,27 @@
-"""Which example goes where in one pass: an order that is a function of (seed, epoch) alone.
+"""Plans the batches of one pass over the examples; the order is a function of (seed, epoch) alone.
 
 Shapes: N examples, B in a global batch, R replicas over all workers, b = ceil(B / R) in a replica's batch, C classes.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 
 
-class EpochPlan(NamedTuple):
-    """Which example goes where in one pass over N examples: arrays of [steps, R, b].
+@dataclasses.dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """The batches of one pass over N examples: arrays [steps, R, b]."""
 
-    `index` is the example's position among the examples; `row` its position in the global batch; `weight` is 1, or 0
-    for padding; `loss_weight` sums up to 1 over a batch (without class weights), so that replicas just add up.
-    """
-
-    index: np.ndarray  # type: ignore[assignment]  # int64. Hides tuple.index, which nobody calls.
-    row: np.ndarray  # int32
-    weight: np.ndarray  # float32
-    loss_weight: np.ndarray  # float32
+    index: np.ndarray  # int64, index of the example
+    row: np.ndarray  # int32, index in the global batch
+    weight: np.ndarray  # float32, 1, or 0 for padding
+    loss_weight: (
+        np.ndarray
+    )  # float32, sums to 1 over a global batch without class weights, so replicas add their losses
 
     @property
     def steps(self) -> int:
-        """Batches of the pass."""
+        """Number of global batches."""
         return len(self.index)
 
 
@@ -40,15 +39,15 @@ def shuffled_epoch(
 
 
 def ordered_epoch(num_examples: int, *, batch_size: int, replicas: int) -> EpochPlan:
-    """A pass in the order of the examples, for validation and for features."""
+    """A pass in the order of the examples, for validation and for computing features."""
     return _plan(np.arange(num_examples), batch_size, replicas, np.ones(num_examples, np.float32))
 
 
 def _plan(order: np.ndarray, batch_size: int, replicas: int, example_weights: np.ndarray) -> EpochPlan:
-    """Batches of `batch_size`, each shared out over the replicas; what is missing is padded with weight 0.
+    """Batches of `batch_size`, divided over the replicas and padded with examples of weight 0.
 
-    Workers then take equally many steps of equal shapes, and every example counts once. The padding repeats pictures
-    of the same batch, so that batch statistics see nothing foreign.
+    All workers take the same number of steps with the same shapes, and every example counts once. The padding repeats
+    images of the same batch, so batch statistics contain no other images.
     """
     num_examples, steps = len(order), steps_per_epoch(len(order), batch_size)
     per_replica = -(-batch_size // replicas)
@@ -58,12 +57,16 @@ def _plan(order: np.ndarray, batch_size: int, replicas: int, example_weights: np
     weight = (row < sizes).astype(np.float32)
     loss_weight = weight * example_weights[index] / sizes
     shape = (steps, replicas, per_replica)
-    arrays = (index.astype(np.int64), row, weight, loss_weight.astype(np.float32))
-    return EpochPlan(*(np.reshape(array, shape) for array in arrays))
+    return EpochPlan(
+        index=np.reshape(index.astype(np.int64), shape),
+        row=np.reshape(row, shape),
+        weight=np.reshape(weight, shape),
+        loss_weight=np.reshape(loss_weight.astype(np.float32), shape),
+    )
 
 
 def class_weights(labels: np.ndarray, num_classes: int, class_weight: str) -> np.ndarray:
-    """float32 [C]: ones, or for `balanced` N / (C * pictures of the class), as scikit-learn's compute_class_weight."""
+    """float32 [C]: ones, or for `balanced` N / (C * images of the class), as scikit-learn's compute_class_weight."""
     if class_weight == "none":
         return np.ones(num_classes, np.float32)
     counts = np.bincount(labels, minlength=num_classes)

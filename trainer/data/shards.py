@@ -1,11 +1,11 @@
-"""A folder of pictures packed into TFRecord shards: what trainer.pack leaves, found again and read. No TensorFlow.
+"""Reads a folder of images that trainer.pack has packed into TFRecord shards. No TensorFlow.
 
-`manifest.json` names the shards, each with its size and CRC-32C; beside each shard a .csv tells where the bytes of each
-picture lie in it, so that pictures are read in any order and the split is that of the folder.
-Shapes: N pictures, K shards.
+`manifest.json` lists the shards, each with its size and MD5. The .csv file next to each shard has the offset and size
+of each image in it, so images are read in any order, and the split is that of the folder.
 """
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import io
@@ -14,56 +14,60 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from trainer.errors import UserError
 from trainer.storage import files
 
-MANIFEST, FORMAT = "manifest.json", "picture-shards-1"
-
-
+MANIFEST = "manifest.json"
+FORMAT = "picture-shards-1"
 COLUMNS = ("position", "path", "label", "content_hash", "offset", "num_bytes")
 
 
-class ShardRecord(NamedTuple):
-    """Where a picture lies: its place among the folder's pictures; `offset` and `num_bytes` within the shard's file."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """The location of an image in the shards."""
 
-    position: int
+    position: int  # index among the examples of the folder that was packed
     path: str
     label: int
     content_hash: str
     shard: int
-    offset: int
+    offset: int  # bytes, in the file of the shard
     num_bytes: int
 
 
-class Pack(NamedTuple):
-    """A folder of shards; records in the order that the pictures had in the folder they came from."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pack:
+    """A folder of shards."""
 
     directory: str
-    manifest: dict
-    records: tuple[ShardRecord, ...]
+    manifest: dict[str, Any]
+    records: tuple[ShardRecord, ...]  # in the order of the examples of the folder that was packed
     by_path: dict[str, ShardRecord]
 
 
 def shard_name(number: int) -> str:
-    """The file of a shard; its index has the same name and ends in .csv."""
+    """The file name of a shard."""
     return f"pictures-{number:05d}.tfrecord"
+
+
+def index_name(number: int) -> str:
+    """The file name of the index of a shard."""
+    return f"pictures-{number:05d}.csv"
 
 
 @functools.lru_cache(8)
 def open_pack(directory: str) -> Pack | None:
-    """The pack in a folder, local or gs://; None if there is none. Raises UserError if parts of it are missing."""
+    """The pack in a folder, local or gs://; None if there is none. Raises UserError if indexes are missing."""
     if directory.startswith("tfds:"):
         return None
     path = files.join(directory, MANIFEST)
     if not files.is_remote(path) and not os.path.isfile(path):
-        return None  # what is wrong with the folder is told by who lists it
+        return None  # listing the folder reports its errors
     try:
         manifest = files.read_json(path)
-    except ValueError:  # somebody else's file of that name
+    except ValueError:  # another file of that name
         return None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return None
@@ -74,22 +78,30 @@ def open_pack(directory: str) -> Pack | None:
     records = [record for part in files.parallel(read, range(len(manifest["shards"]))) for record in part]
     if len(records) != manifest["pictures"]:
         raise UserError(
-            f"{directory} holds {len(records)} of {manifest['pictures']} pictures that its {MANIFEST} tells of: run "
-            "trainer.pack again, it mends what is missing."
+            f"{directory} holds {len(records)} of the {manifest['pictures']} images in its {MANIFEST}: run "
+            "trainer.pack again, it writes what is missing."
         )
-    records.sort()
+    records.sort(key=lambda record: record.position)
     return Pack(directory, manifest, tuple(records), {record.path: record for record in records})
 
 
 def read_index(directory: str, number: int) -> list[ShardRecord] | None:
-    """The records of one shard, None if its index is not there."""
-    contents = files.read(files.join(directory, shard_name(number).replace(".tfrecord", ".csv")))
+    """The records of one shard, None if its index does not exist."""
+    contents = files.read(files.join(directory, index_name(number)))
     if contents is None:
         return None
-    rows = csv.DictReader(io.StringIO(contents.decode(), newline=""))
-    whole = ("position", "label", "offset", "num_bytes")
-    records: list[dict[str, Any]] = [{**row, **{name: int(row[name]) for name in whole}} for row in rows]
-    return [ShardRecord(**record, shard=number) for record in records]
+    return [
+        ShardRecord(
+            position=int(row["position"]),
+            path=row["path"],
+            label=int(row["label"]),
+            content_hash=row["content_hash"],
+            shard=number,
+            offset=int(row["offset"]),
+            num_bytes=int(row["num_bytes"]),
+        )
+        for row in csv.DictReader(io.StringIO(contents.decode(), newline=""))
+    ]
 
 
 def write_index(directory: str, number: int, records: list[ShardRecord]) -> None:
@@ -98,11 +110,11 @@ def write_index(directory: str, number: int, records: list[ShardRecord]) -> None
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows([[getattr(record, name) for name in COLUMNS] for record in records])
-    files.atomic_write(files.join(directory, shard_name(number).replace(".tfrecord", ".csv")), text.getvalue())
+    files.atomic_write(files.join(directory, index_name(number)), text.getvalue())
 
 
 def read(data_dir: str, path: str) -> bytes | None:
-    """The bytes of one picture of a folder, packed or not, local or gs://; None if it is gone."""
+    """The bytes of one image of a folder, packed or not, local or gs://; None if the image does not exist."""
     pack = open_pack(data_dir)
     if pack is None:
         return files.read(files.join(data_dir, path))
@@ -114,36 +126,22 @@ def read(data_dir: str, path: str) -> bytes | None:
 
 
 def fetch(pack: Pack, cache_dir: str, on_shard: Callable[[int], None]) -> Callable[[str], bytes]:
-    """A function path -> bytes over all shards, from a bucket copied to local disk first: a few large transfers.
+    """A function that returns the bytes of a path in the pack. Copies the shards of a bucket to local disk first.
 
-    Bytes that are not those that were packed come as b"". `cache_dir` is a local folder, or '' for the system's temporary
-    one; the copies vanish with the process. Raises UserError if they do not fit.
+    A few large transfers take less time than many small ones. The function returns b"" for an image whose bytes are not
+    those that were packed. `cache_dir` is a local folder, or '' for the system's temporary folder; the copies are
+    deleted when the process ends. `on_shard` receives the number of shards that became available.
+
+    Raises:
+      UserError: the shards do not fit on the disk, or one of them is missing.
+      OSError: a bucket cannot be read.
     """
-    names = [files.join(pack.directory, shard_name(number)) for number in range(len(pack.manifest["shards"]))]
+    paths = [files.join(pack.directory, shard_name(number)) for number in range(len(pack.manifest["shards"]))]
     if files.is_remote(pack.directory):
-        directory = cache_dir if cache_dir and not files.is_remote(cache_dir) else tempfile.gettempdir()
-        files.make_directory(directory)
-        needed, free = sum(shard["num_bytes"] for shard in pack.manifest["shards"]), shutil.disk_usage(directory).free
-        if needed > 0.9 * free:
-            raise UserError(
-                f"The shards in {pack.directory} are {needed / 2**30:.1f} GiB, {directory} has {free / 2**30:.1f} GiB "
-                "free: pass a --cache_dir with more room."
-            )
-
-        def copy(name: str) -> mmap.mmap:
-            with tempfile.TemporaryFile(dir=directory) as file:
-                contents = files.read(name)
-                if not contents:
-                    raise UserError(f"{name} is not there any more: run trainer.pack again, it mends what is missing.")
-                file.write(contents)
-                file.flush()
-                on_shard(1)
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-        maps = files.parallel(copy, names, workers=4)  # of 128 MB each in memory meanwhile
+        maps = _copy_to_disk(pack, paths, cache_dir, on_shard)
     else:
-        maps = [_map(name) for name in names]
-        on_shard(len(names))
+        maps = [_map(path) for path in paths]
+        on_shard(len(paths))
 
     def read_packed(path: str) -> bytes:
         record = pack.by_path[path]
@@ -154,14 +152,35 @@ def fetch(pack: Pack, cache_dir: str, on_shard: Callable[[int], None]) -> Callab
     return read_packed
 
 
-def _map(name: str) -> mmap.mmap:
+def _copy_to_disk(pack: Pack, urls: list[str], cache_dir: str, on_shard: Callable[[int], None]) -> list[mmap.mmap]:
+    directory = cache_dir if cache_dir and not files.is_remote(cache_dir) else tempfile.gettempdir()
+    files.make_directory(directory)
+    required = sum(shard["num_bytes"] for shard in pack.manifest["shards"])
+    free = shutil.disk_usage(directory).free
+    if required > 0.9 * free:
+        raise UserError(
+            f"The shards in {pack.directory} are {required / 2**30:.1f} GiB, {directory} has {free / 2**30:.1f} GiB "
+            "free: pass a --cache_dir with more space."
+        )
+
+    def copy(url: str) -> mmap.mmap:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            contents = files.read(url)
+            if not contents:
+                raise UserError(f"{url} does not exist: run trainer.pack again, it writes what is missing.")
+            file.write(contents)
+            file.flush()
+            on_shard(1)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    return files.parallel(copy, urls, workers=4)  # each holds a shard in memory, 128 MB by default
+
+
+def _map(path: str) -> mmap.mmap:
     try:
-        with open(name, "rb") as file:
-            return mmap.mmap(file.fileno(), os.path.getsize(name), access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: shorter than it should be
-        raise UserError(f"{name} cannot be read ({error}): run trainer.pack again, it mends what is missing.") from None
-
-
-def labels_of(pack: Pack) -> np.ndarray:
-    """int32 [N]."""
-    return np.array([record.label for record in pack.records], np.int32)
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), os.path.getsize(path), access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        raise UserError(
+            f"{path} cannot be read ({error}): run trainer.pack again, it writes what is missing."
+        ) from None

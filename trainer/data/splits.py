@@ -1,4 +1,7 @@
-"""Which pictures are held out: by content, as the folder says itself, or as a split.csv says. No TensorFlow."""
+"""Splits examples into training and validation: by content, by the folders train and val, or by a split.csv.
+
+No TensorFlow. Shapes: N examples.
+"""
 
 import csv
 import hashlib
@@ -15,30 +18,32 @@ from trainer.storage import files
 
 
 def split_by_content(examples: Examples, validation_split: float) -> Split:
-    """Holds out `validation_split` of each class by content: exact but for rounding and for groups of equal bytes.
+    """Holds out the fraction `validation_split` of each class, exact up to rounding and groups of equal content.
 
-    Within a class, files of equal bytes form a group; groups are ranked by their hash, and from the lowest on they are
-    held out until the share is reached. So neither machine, path nor order of listing matters, and a file more or less
-    moves at most one other group across the border. A class of two pictures or more gives at least one to validation,
-    and its last group always stays in training; a class of one picture is trained on and not validated.
+    Within a class, files of equal content form a group. Groups are sorted by their hash, and the first are held out
+    until the fraction is reached. The split therefore depends neither on the machine nor on paths or their order, and
+    adding or removing a file moves at most one other group to the other side. A class with two groups or more has at
+    least one in validation; the last group of a class is always in training.
+
+    Raises UserError if nothing can be held out.
     """
     held_out = np.zeros(len(examples), bool)
     for label in np.unique(examples.labels):
         members = np.flatnonzero(examples.labels == label)
         members = members[np.argsort(examples.hashes[members], kind="stable")]
         hashes = examples.hashes[members]
-        starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))  # where each group begins
+        starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))  # first index of each group
         target = max(1, round(len(members) * validation_split))
         chosen = starts[:-1] < target
         end = np.append(starts, len(members))[np.count_nonzero(chosen)]
         held_out[members[:end]] = True
     if not held_out.any():
-        raise UserError("No class has two different pictures, so none can be held out for validation: add pictures.")
+        raise UserError("No class has two different images, so none can be held out for validation: add images.")
     return Split(examples.take(~held_out), examples.take(held_out))
 
 
 def fingerprint(split: Split, class_names: tuple[str, ...]) -> str:
-    """A hash of classes, contents and split, the same wherever the folder lies: two runs with it see the same data."""
+    """A SHA-256 as hex of class names, contents and split; it does not depend on the location of the folder."""
     digest = hashlib.sha256(repr(class_names).encode())
     for side in split:
         for label, content_hash in zip(side.labels.tolist(), side.hashes, strict=True):
@@ -60,7 +65,10 @@ def write_split(file: TextIO, split: Split, class_names: tuple[str, ...]) -> Non
 
 
 def choose(folder: Folder, *, validation_split: float, split_file: str) -> Split:
-    """The split of `split_file` if there is one, else that of the folder's own train and val, else one by content."""
+    """The split of `split_file` if it is given, else of the folders train and val if they exist, else by content.
+
+    Raises UserError if the file is not a split.csv, or a class or side has no image.
+    """
     if split_file:
         return _as_in_file(folder, split_file)
     if folder.split_folders:
@@ -69,13 +77,13 @@ def choose(folder: Folder, *, validation_split: float, split_file: str) -> Split
 
 
 def describe(folder: Folder, *, validation_split: float, split_file: str) -> str:
-    """Where the split comes from, in a line for log, plan and config.json."""
+    """The origin of the split, as one line for the log, the plan and config.json."""
     if split_file:
-        return f"as {split_file} says"
+        return f"from {split_file}"
     if not folder.split_folders:
         return f"{validation_split:g} of each class held out, by content"
     left_out = "".join(f"; {name}/ is left out (see trainer.evaluate)" for name in folder.split_folders.left_out)
-    return f"given by the folders {folder.split_folders.training}/ and {folder.split_folders.validation}/{left_out}"
+    return f"from the folders {folder.split_folders.training}/ and {folder.split_folders.validation}/{left_out}"
 
 
 def _as_in_folders(folder: Folder, named: SplitFolders) -> Split:
@@ -85,8 +93,11 @@ def _as_in_folders(folder: Folder, named: SplitFolders) -> Split:
     if shared:
         path = next(p for p, h in zip(split.validation.paths, split.validation.hashes, strict=True) if h in shared)
         logging.warning(
-            "%d contents lie both in %s and in %s (the first: %r): the validation accuracy will be too good.",
-            *(len(shared), named.training, named.validation, path),
+            "%d contents are both in %s and in %s (the first: %r): the validation accuracy will be too high.",
+            len(shared),
+            named.training,
+            named.validation,
+            path,
         )
     return _check_split(split, folder, f"the folders {named.training}/ and {named.validation}/")
 
@@ -102,19 +113,22 @@ def _as_in_file(folder: Folder, split_file: str) -> Split:
     ]
     unlisted = [path for path, name in zip(paths, names, strict=True) if not name]
     missing = sorted(set(rows) - set(paths))
-    for found, what in (
+    for affected, problem in (
         (unlisted, "are not in it and are left out"),
-        (missing, "are in it and are not in the folder, or are no readable pictures any more"),
-        (changed, "have other contents than when it was written"),
+        (missing, "are in it, but no longer in the folder, or no longer readable"),
+        (changed, "have changed since it was written"),
     ):
-        if found:
-            logging.warning("--split_file=%s: %d pictures %s; the first: %r", split_file, len(found), what, found[0])
-    masks = [np.array([name == side for name in names], bool) for side in Split._fields]
-    return _check_split(Split(*(folder.examples.take(mask) for mask in masks)), folder, f"--split_file={split_file}")
+        if affected:
+            logging.warning(
+                "--split_file=%s: %d images %s; the first: %r", split_file, len(affected), problem, affected[0]
+            )
+    training, validation = (np.array([name == side for name in names], bool) for side in Split._fields)
+    split = Split(folder.examples.take(training), folder.examples.take(validation))
+    return _check_split(split, folder, f"--split_file={split_file}")
 
 
 def _read_rows(split_file: str) -> dict[str, dict[str, str]]:
-    """The rows of a split.csv by path. Raises UserError if it is none."""
+    """The rows of a split.csv by path. Raises UserError if the file is not one."""
     contents = files.read(split_file)
     if contents is None:
         raise UserError(f"--split_file={split_file} does not exist: pass the split.csv of a run.")
@@ -122,7 +136,7 @@ def _read_rows(split_file: str) -> dict[str, dict[str, str]]:
         reader = csv.DictReader(io.StringIO(contents.decode(), newline=""))
         rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--split_file={split_file} is no CSV ({error}): pass the split.csv of a run.") from None
+        raise UserError(f"--split_file={split_file} is not CSV ({error}): pass the split.csv of a run.") from None
     if tuple(reader.fieldnames or ()) != SPLIT_COLUMNS:
         raise UserError(
             f"--split_file={split_file} begins with {','.join(reader.fieldnames or ())!r}, expected "
@@ -132,10 +146,11 @@ def _read_rows(split_file: str) -> dict[str, dict[str, str]]:
     for number, row in enumerate(rows, 2):
         if row["split"] not in Split._fields:
             raise UserError(
-                f"--split_file={split_file}, row {number}: split is {row['split']!r}, expected {' or '.join(Split._fields)}."
+                f"--split_file={split_file}, row {number}: split is {row['split']!r}, expected "
+                f"{' or '.join(Split._fields)}."
             )
         if row["path"] in by_path:
-            raise UserError(f"--split_file={split_file}, row {number}: {row['path']!r} is there twice: remove one.")
+            raise UserError(f"--split_file={split_file}, row {number}: {row['path']!r} is listed twice: remove one.")
         by_path[row["path"]] = row
     return by_path
 
@@ -143,9 +158,11 @@ def _read_rows(split_file: str) -> dict[str, dict[str, str]]:
 def _check_split(split: Split, folder: Folder, source: str) -> Split:
     for name, side in zip(Split._fields, split, strict=True):
         if not len(side):
-            raise UserError(f"{source} gives no picture of {folder.class_names} to {name}: add some, or split anew.")
+            raise UserError(
+                f"{source} has no image of {folder.class_names} for {name}: add some, or make another split."
+            )
     counts = np.bincount(split.training.labels, minlength=len(folder.class_names))
     if not counts.all():
         empty = folder.class_names[int(np.argmin(counts))]
-        raise UserError(f"{source} leaves the class {empty!r} without a training picture: add some, or take it out.")
+        raise UserError(f"{source} leaves the class {empty!r} without a training image: add some, or remove the class.")
     return split

@@ -1,7 +1,7 @@
-"""The project's own picture set: discs, rings and stars, drawn in a few seconds without a network.
+"""Draws the demo set, images of discs, rings and stars, in a few seconds and without a download.
 
-Only the shape tells the class. Area, place, angle, colours, background, distractors, blur and noise are drawn from the
-same distributions for every class, so a network that does well has learned to see.
+Only the shape depends on the class. Area, position, angle, colors, background, distractors, blur and noise have the
+same distribution in every class, so a network that classifies well has learned the shapes.
 
 Shapes: S pixels to a side, V corners of an outline.
 """
@@ -21,64 +21,59 @@ from trainer.errors import UserError
 
 # The hole of a ring and the inner corners of a star, as parts of the outer radius.
 _HOLE = 0.7
-
-
 _NOTCH = 0.42
 
-
-# Each class with its area at radius 1, from which follows the radius that gives all classes the same area.
+# The area of each class at radius 1; the radius that gives all classes the same area follows from it.
 _UNIT_AREAS = {"disc": np.pi, "ring": np.pi * (1 - _HOLE**2), "star": 5 * _NOTCH * np.sin(np.pi / 5)}
 
-
-# Masks are drawn this many times larger and averaged down, which makes their edges smooth.
+# Masks are drawn this many times larger and averaged, for smooth edges.
 _SUPERSAMPLING = 4
 
-
-# Holds the parameters of the set. The reader of picture folders ignores hidden files.
+# Holds the parameters of the set. `listing` ignores hidden files.
 _MARKER = ".demo.json"
 
 
 def draw(directory: str | os.PathLike, *, images_per_class: int = 200, image_size: int = 96, seed: int = 0) -> None:
-    """Leaves `images_per_class` JPEG files per class in `directory`, as in `disc/disc_0001.jpg`.
+    """Writes `images_per_class` JPEG files per class to `directory`, as in `disc/disc_0001.jpg`.
 
-    The same parameters give the same bytes, and the first pictures of a larger set are those of a smaller one. A
-    complete set of the same parameters is left as it is. The folder appears complete or not at all.
+    The same parameters give the same bytes, and a smaller set is the beginning of a larger one. A complete set with the
+    same parameters is not changed. The folder is created atomically. `image_size` is in pixels.
 
     Raises:
-      UserError: a parameter is out of range, or `directory` cannot be written or holds something else.
+      UserError: a parameter is out of range, or `directory` is not local, cannot be written or has other contents.
     """
     if "://" in os.fspath(directory):
-        raise UserError(f"The demo pictures are drawn on a local disk, but {directory} is no such folder: name one.")
+        raise UserError(f"The demo images are drawn on a local disk, but {directory} is not a local folder: pass one.")
     directory = pathlib.Path(directory).absolute()
     if images_per_class < 1:
-        raise UserError(f"images_per_class is {images_per_class}, but every class needs a picture: pass 1 or more.")
+        raise UserError(f"images_per_class is {images_per_class}, but every class needs an image: pass 1 or more.")
     if image_size < 32:
-        raise UserError(f"image_size is {image_size}, but smaller than 32 pixels the shapes blur: pass 32 or more.")
+        raise UserError(f"image_size is {image_size}, but shapes are too blurred below 32 pixels: pass 32 or more.")
     if seed < 0:
-        raise UserError(f"seed is {seed}, but numpy takes no negative seed: pass 0 or more.")
+        raise UserError(f"seed is {seed}, but NumPy accepts no negative seed: pass 0 or more.")
     parameters = {"images_per_class": images_per_class, "image_size": image_size, "seed": seed}
     try:
-        # Looked at first: a set that another worker completes in between is then found complete, not in the way.
+        # Checked first: a set that another worker completes meanwhile counts as complete, not as other contents.
         is_occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
         if _is_complete(directory, parameters):
-            logging.info("%s already holds the demo pictures.", directory)
+            logging.info("%s already holds the demo images.", directory)
             return
         if is_occupied:
             raise UserError(
                 f"{directory} is neither an empty folder nor the complete demo set of {parameters}: "
-                "delete it, or name a folder that is empty or not there yet."
+                "delete it, or pass a folder that is empty or does not exist."
             )
         _draw_all(directory, parameters)
     except OSError as error:
         raise UserError(
-            f"The demo pictures cannot be written to {directory} ({error}): name a folder on a local disk that you may "
-            "write to and that has room."
+            f"The demo images cannot be written to {directory} ({error}): pass a writable folder on a local disk with "
+            "free space."
         ) from error
-    logging.info("Drew %d pictures of each of %s in %s.", images_per_class, ", ".join(_UNIT_AREAS), directory)
+    logging.info("Drew %d images of each of %s in %s.", images_per_class, ", ".join(_UNIT_AREAS), directory)
 
 
 def _is_complete(directory: pathlib.Path, parameters: dict[str, int]) -> bool:
-    """Whether `directory` was drawn with these parameters and still has every picture."""
+    """Whether `directory` was drawn with these parameters and has every image."""
     marker = directory / _MARKER
     if not marker.is_file() or marker.read_text() != json.dumps(parameters):
         return False
@@ -88,7 +83,7 @@ def _is_complete(directory: pathlib.Path, parameters: dict[str, int]) -> bool:
 
 
 def _draw_all(directory: pathlib.Path, parameters: dict[str, int]) -> None:
-    """Draws into a hidden sibling and renames it when it is complete."""
+    """Draws in a hidden sibling folder and renames it when it is complete."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -99,12 +94,12 @@ def _draw_all(directory: pathlib.Path, parameters: dict[str, int]) -> None:
                 image = _draw_image(name, parameters["image_size"], rng)
                 image.save(unfinished / name / f"{name}_{index:04d}.jpg", quality=92)
         (unfinished / _MARKER).write_text(json.dumps(parameters))
-        # mkdtemp lets nobody else in; a container often reads as another user.
+        # mkdtemp gives no access to other users, but a container often runs as another user.
         unfinished.chmod(0o755)
         try:
             unfinished.rename(directory)
         except OSError:
-            # Another worker on the same disk may have been first; its pictures are the same.
+            # Another worker on the same disk may have been faster; its images are the same.
             if not _is_complete(directory, parameters):
                 raise
     finally:
@@ -113,8 +108,8 @@ def _draw_all(directory: pathlib.Path, parameters: dict[str, int]) -> None:
 
 def _draw_image(name: str, image_size: int, rng: np.random.Generator) -> Image.Image:
     """One shape of this class on a background."""
-    # Always light on dark: ResNet50 from random weights then reaches 0.99 in 8 epochs of 384 pictures, where light and
-    # dark in either order held it at 0.95.
+    # Always light on dark: ResNet50 from random weights then reaches an accuracy of 0.99 in 8 epochs of 384 images;
+    # with light and dark in either order it reached 0.95.
     background_luma, shape_luma = rng.uniform(0.12, 0.28), rng.uniform(0.72, 0.90)
     pixels = _background(image_size, background_luma, rng)
     for _ in range(rng.integers(1, 5)):
@@ -126,10 +121,10 @@ def _draw_image(name: str, image_size: int, rng: np.random.Generator) -> Image.I
 
 
 def _background(image_size: int, luma: float, rng: np.random.Generator) -> np.ndarray:
-    """Two related colours that run, radiate, drift or alternate into each other: float [S, S, 3] in 0..1."""
+    """Two related colors in a linear or radial gradient, in blotches or in stripes: float [S, S, 3] in 0..1."""
     hue = rng.uniform()
-    first = _colour(hue, luma - rng.uniform(0, 0.08), rng)
-    second = _colour(hue + rng.uniform(-0.15, 0.15), luma + rng.uniform(0, 0.08), rng)
+    first = _color(hue, luma - rng.uniform(0, 0.08), rng)
+    second = _color(hue + rng.uniform(-0.15, 0.15), luma + rng.uniform(0, 0.08), rng)
     y, x = np.mgrid[0:image_size, 0:image_size] / image_size - 0.5
     angle = rng.uniform(0, 2 * np.pi)
     along = x * np.cos(angle) + y * np.sin(angle)
@@ -148,7 +143,7 @@ def _background(image_size: int, luma: float, rng: np.random.Generator) -> np.nd
 
 
 def _with_distractor(pixels: np.ndarray, luma: float, rng: np.random.Generator) -> np.ndarray:
-    """A line, a dot or an arc in a colour close to the background's."""
+    """Adds a line, a dot or an arc in a color close to the background's."""
     side = len(pixels) * _SUPERSAMPLING
     mask = Image.new("L", (side, side))
     pen = ImageDraw.Draw(mask)
@@ -165,18 +160,19 @@ def _with_distractor(pixels: np.ndarray, luma: float, rng: np.random.Generator) 
         start = rng.uniform(0, 360)
         box = [x - radius, y - radius, x + radius, y + radius]
         pen.arc(box, start, start + rng.uniform(40, 120), fill=255, width=width)
-    colour = _colour(rng.uniform(), luma + rng.uniform(-0.12, 0.16), rng)
-    return _painted(pixels, mask, colour, rng.uniform(0.5, 0.9))
+    color = _color(rng.uniform(), luma + rng.uniform(-0.12, 0.16), rng)
+    return _painted(pixels, mask, color, rng.uniform(0.5, 0.9))
 
 
 def _with_shape(pixels: np.ndarray, name: str, luma: float, rng: np.random.Generator) -> np.ndarray:
-    """The shape, turned at random. It covers 9 to 19 % of the picture in every class."""
+    """Adds the shape, rotated at random. It covers 9 to 19 % of the image in every class."""
     side = len(pixels) * _SUPERSAMPLING
     area = np.square(rng.uniform(0.30, 0.44) * side)
     radius = np.sqrt(area / _UNIT_AREAS[name])
-    # The star reaches farthest. All keep its distance from the border, or the place would tell the class.
+    # The star has the largest radius. All shapes keep its distance from the border, or the position would depend on the
+    # class.
     reach = np.sqrt(area / min(_UNIT_AREAS.values()))
-    centre = rng.uniform(reach, side - reach, 2)
+    center = rng.uniform(reach, side - reach, 2)
     angle = rng.uniform(0, 2 * np.pi)
 
     mask = Image.new("L", (side, side))
@@ -184,31 +180,31 @@ def _with_shape(pixels: np.ndarray, name: str, luma: float, rng: np.random.Gener
     if name == "star":
         angles = angle + np.pi / 5 * np.arange(10)
         radii = radius * np.where(np.arange(10) % 2, _NOTCH, 1)
-        corners = centre + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)  # [V=10, 2]
+        corners = center + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)  # [V=10, 2]
         pen.polygon([tuple(corner) for corner in corners], fill=255)
     else:
-        pen.ellipse([*(centre - radius), *(centre + radius)], fill=255)
+        pen.ellipse([*(center - radius), *(center + radius)], fill=255)
     if name == "ring":
-        pen.ellipse([*(centre - _HOLE * radius), *(centre + _HOLE * radius)], fill=0)
+        pen.ellipse([*(center - _HOLE * radius), *(center + _HOLE * radius)], fill=0)
 
     hue = rng.uniform()
-    first, second = _colour(hue, luma - 0.06, rng), _colour(hue + rng.uniform(-0.1, 0.1), luma + 0.06, rng)
+    first, second = _color(hue, luma - 0.06, rng), _color(hue + rng.uniform(-0.1, 0.1), luma + 0.06, rng)
     y, x = np.mgrid[0 : len(pixels), 0 : len(pixels)] / len(pixels) - 0.5
     slope = rng.uniform(0, 2 * np.pi)
     share = (0.5 + x * np.cos(slope) + y * np.sin(slope)).clip(0, 1)[..., None]
     return _painted(pixels, mask, (1 - share) * first + share * second, 1.0)
 
 
-def _colour(hue: float, luma: float, rng: np.random.Generator) -> np.ndarray:
-    """A colour as bright to the eye as `luma` says (Rec. 601, 0..1), whatever its hue: float [3]."""
-    colour = np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.2, 0.65), 1.0))
-    full = colour @ (0.299, 0.587, 0.114)
+def _color(hue: float, luma: float, rng: np.random.Generator) -> np.ndarray:
+    """A color of that hue with exactly that luma (Rec. 601, 0..1): float [3]."""
+    color = np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.2, 0.65), 1.0))
+    full = color @ (0.299, 0.587, 0.114)
     if luma < full:
-        return colour * luma / full
-    return 1 - (1 - colour) * (1 - luma) / (1 - full)
+        return color * luma / full
+    return 1 - (1 - color) * (1 - luma) / (1 - full)
 
 
-def _painted(pixels: np.ndarray, mask: Image.Image, colour: np.ndarray, opacity: float) -> np.ndarray:
-    """`pixels` with `colour`, one or one per pixel, where the larger `mask` is white."""
+def _painted(pixels: np.ndarray, mask: Image.Image, color: np.ndarray, opacity: float) -> np.ndarray:
+    """`pixels` with `color`, one or one per pixel, where the supersampled `mask` is white."""
     share = np.asarray(mask.reduce(_SUPERSAMPLING))[..., None] / 255 * opacity
-    return pixels + share * (colour - pixels)
+    return pixels + share * (color - pixels)

@@ -1,6 +1,6 @@
-"""tfds:NAME and tfds:NAME@DIR: the pictures of a TensorFlow Dataset, laid out as a folder with their own names and split.
+"""Writes the images of a TensorFlow Datasets name, tfds:NAME or tfds:NAME@DIR, to a folder with their names and split.
 
-As files, because all that works on a folder then works on them too: the split by content, the data doctor, packing.
+Everything that works on a folder then works on the dataset: the split by content, trainer.inspect_data, trainer.pack.
 """
 
 import contextlib
@@ -20,36 +20,38 @@ from trainer.storage import files
 
 PREFIX = "tfds:"
 
-
 _VALIDATION_SPLITS = ("validation", "valid", "val")
 
-
+# Features of an example that hold the name of its file.
 _NAME_FEATURES = ("image/filename", "file_name", "filename", "image_name")
 
 
 @contextlib.contextmanager
 def as_folder(data_dir: str) -> Iterator[str]:
-    """`data_dir` itself; of tfds:NAME a temporary folder with its pictures, for the block. Raises as lay_out."""
+    """Yields `data_dir`, or for tfds:NAME a temporary folder with its images. Raises as write_folder."""
     if not data_dir.startswith(PREFIX):
         yield data_dir
         return
     with tempfile.TemporaryDirectory() as parent:
-        directory = os.path.join(parent, "pictures")
+        directory = os.path.join(parent, "images")
         write_folder(data_dir, directory)
         yield directory
 
 
 def write_folder(address: str, directory: str) -> None:
-    """Writes the encoded pictures of `address` to directory/CLASS/, or below train/ and val/ if the dataset has both.
+    """Writes the encoded images of `address` to directory/CLASS/, or below train/ and val/ if the dataset has both.
 
-    Does nothing if the folder is there. Raises UserError if the dataset is not prepared and cannot be downloaded, or is
-    not one of pictures with one label each.
+    Does nothing if the folder exists.
+
+    Raises:
+      UserError: the dataset is not prepared and cannot be downloaded, or does not have one image and one label per
+        example.
     """
     if os.path.isdir(directory):
         return
     if address.removeprefix(PREFIX).startswith("@") or address == PREFIX:
-        raise UserError(f"--data_dir={address} names no dataset: write tfds:NAME, or tfds:NAME@DIR.")
-    # In a process of its own: reading with TensorFlow here would keep a job of several hosts from being set up.
+        raise UserError(f"--data_dir={address} names no dataset: pass tfds:NAME or tfds:NAME@DIR.")
+    # In a process of its own: a job on several hosts must set up its cluster before TensorFlow runs anything here.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         for line in process.submit(_write_folder, address, directory).result():
             logging.info("%s: %s", address, line)
@@ -77,22 +79,27 @@ def _write_folder(address: str, directory: str) -> list[str]:
 def _builder(name: str, data_dir: str, address: str, prepared_dir: str) -> Any:
     import tensorflow_datasets as tfds
 
-    where = prepared_dir or "DIR"
-    how = f"prepare it where there is a network: `tfds build {name} --data_dir={where}`, then --data_dir=tfds:{name}@{where}"
+    directory = prepared_dir or "DIR"
+    remedy = (
+        f"prepare it on a machine with network access: `tfds build {name} --data_dir={directory}`, then pass "
+        f"--data_dir=tfds:{name}@{directory}"
+    )
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
         if not builder.is_prepared() and not data_dir:
             builder.download_and_prepare()
-    except Exception as error:  # of an unknown name, no network, a missing extra of TFDS: each has its own
+    except Exception as error:  # an unknown name, no network, a missing extra of TFDS: each raises another type
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--data_dir={address} is not prepared and cannot be downloaded ({reason}): {how}.") from None
+        raise UserError(
+            f"--data_dir={address} is not prepared and cannot be downloaded ({reason}): {remedy}."
+        ) from None
     if not builder.is_prepared():
-        raise UserError(f"--data_dir={address} is not prepared there: {how}.")
+        raise UserError(f"--data_dir={address} is not prepared there: {remedy}.")
     return builder
 
 
 def _write(builder: Any, address: str, directory: str) -> list[str]:
-    """Writes the pictures; returns what is to be told of it."""
+    """Writes the images; returns lines for the log."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -100,7 +107,8 @@ def _write(builder: Any, address: str, directory: str) -> list[str]:
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
     if len(images) != 1 or len(labels) != 1:
         raise UserError(
-            f"--data_dir={address} has {len(images)} pictures and {len(labels)} labels an example, not 1 and 1."
+            f"--data_dir={address} has {len(images)} images and {len(labels)} labels per example, expected 1 and 1: "
+            "pass another dataset."
         )
     names = [key for key in _NAME_FEATURES if key in features]
     splits = _splits(list(builder.info.splits), address)
@@ -116,21 +124,22 @@ def _write(builder: Any, address: str, directory: str) -> list[str]:
             class_name = class_names[int(example[labels[0]])]
             if listing.is_ignored(class_name):
                 raise UserError(
-                    f"--data_dir={address} has a class {class_name!r}, a name that folders may not have here."
+                    f"--data_dir={address} has a class {class_name!r}, but folders of that name are ignored: pass "
+                    "another dataset."
                 )
-            own_name = (example[names[0]] if names else example["tfds_id"]).decode()
+            name = (example[names[0]] if names else example["tfds_id"]).decode()
             folder = os.path.join(directory, side, class_name)
             os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, own_name.replace("/", "_")), "xb") as file:
+            with open(os.path.join(folder, name.replace("/", "_")), "xb") as file:
                 file.write(example[images[0]])
     return [f"split {split} read" for split in splits] + [f"split {split} left out" for split in left_out]
 
 
 def _splits(names: list[str], address: str) -> dict[str, str]:
-    """The splits to read and the folder of each: train and validation if there are both, else train, to be split here."""
+    """The splits to read, and the folder of each: train and validation if both exist, else train only."""
     validation = [name for name in names if name in _VALIDATION_SPLITS]
     if "train" not in names:
         raise UserError(
-            f"--data_dir={address} has the splits {', '.join(names)}, none of them train: name another dataset."
+            f"--data_dir={address} has the splits {', '.join(names)}, none of them train: pass another dataset."
         )
     return {"train": "train", validation[0]: "val"} if validation else {"train": ""}
