@@ -1,11 +1,11 @@
-"""Labels pictures with a trained model: files, folders, gs:// paths.
+"""Classifies images with a trained model: files, folders, gs:// paths.
 
     python -m trainer.predict --model_dir=J/saved_model photo.jpg holiday/
     python -m trainer.predict --model_dir=J --output=labels.csv holiday/
 
---model_dir is a SavedModel, or the job_dir of a run, whose network is then rebuilt and given best.weights.h5.
-A table goes to the terminal, or with --output=x.csv or x.jsonl a file with the probability of every class. Stopped
-before its end, the same command with --output goes on where it was.
+--model_dir is a SavedModel, or the job_dir of a run, whose network is then rebuilt with the weights in best.weights.h5.
+Prints a table, or writes a file with the probability of every class: --output=x.csv or x.jsonl. If the command is stopped,
+the same command with --output resumes.
 """
 
 from absl import flags, logging
@@ -19,31 +19,38 @@ from trainer.storage import files
 
 
 def define_flags() -> None:
-    """The flags of this command."""
+    """Defines the flags of this command."""
     flags.DEFINE_string("model_dir", "", "A saved_model folder, or the job_dir of a run.")
-    flags.DEFINE_string("output", "", "Write the probability of every class here, as .csv or .jsonl, not a table.")
-    flags.DEFINE_integer("batch_size", 32, "Pictures per call of the network.", lower_bound=1)
+    flags.DEFINE_string("output", "", "Write the probability of every class to this .csv or .jsonl, not a table.")
+    flags.DEFINE_integer("batch_size", 32, "Images per call of the network.", lower_bound=1)
 
 
 def main(arguments: list[str]) -> int:
-    """Labels the pictures and returns 0, or 2 if none could be labelled."""
+    """Classifies the images. Raises UserError if none can be classified."""
     cli.require("model_dir")
-    if not files.is_remote(flags.FLAGS.model_dir):
-        check_model_dir(flags.FLAGS.model_dir)
-    output = flags.FLAGS.output
+    model_dir, output, batch_size = flags.FLAGS.model_dir, flags.FLAGS.output, flags.FLAGS.batch_size
+    if not files.is_remote(model_dir):
+        check_model_dir(model_dir)
     if not arguments:
-        raise UserError("no pictures: name files or folders behind the flags.")
+        raise UserError("no images: pass files or folders after the flags.")
     if output and not output.endswith((".csv", ".jsonl")):
-        raise UserError(f"--output={output} ends neither in .csv nor in .jsonl: name it so.")
+        raise UserError(f"--output={output} ends in neither .csv nor .jsonl: pass a name that does.")
     cli.import_tensorflow()
     total = sum(1 for _ in batch.find_images(arguments))
     if not total:
         raise UserError(f"There are no files below {', '.join(arguments)}.")
-    classifier, batch_size = load(flags.FLAGS.model_dir), flags.FLAGS.batch_size
+    classifier = load(model_dir)
     if output:
-        model = batch.model_fingerprint(flags.FLAGS.model_dir)
-        tally = batch.write_predictions(classifier, arguments, output, model=model, total=total, batch_size=batch_size)
-        logging.info("%d pictures labelled, %d could not be: %s", tally.images - tally.failures, tally.failures, output)
+        tally = batch.write_predictions(
+            classifier,
+            arguments,
+            output,
+            fingerprint=batch.model_fingerprint(model_dir),
+            total=total,
+            batch_size=batch_size,
+        )
+        num_classified = tally.images - tally.failures
+        logging.info("%d images classified, %d failed: %s", num_classified, tally.failures, output)
     else:
         tally = Tally()
         predictions = batch.predict(classifier, batch.find_images(arguments), batch_size=batch_size)
@@ -51,7 +58,7 @@ def main(arguments: list[str]) -> int:
             print(line, flush=True)
     first = tally.first_failure
     if first and tally.failures == tally.images:
-        raise UserError(f"none of {tally.images} files could be labelled; the first: {first.path}: {first.error}.")
+        raise UserError(f"none of {tally.images} files could be classified; the first: {first.path}: {first.error}.")
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Export with a parity check, prediction with a trained model, and the HTTP server."""

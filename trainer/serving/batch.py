@@ -1,4 +1,7 @@
-"""TODO."""
+"""Classifies files and folders of any size: predictions as a table, or as a CSV or JSON Lines file that can be resumed.
+
+One batch is in memory at a time. Shapes: C classes.
+"""
 
 import contextlib
 import csv
@@ -12,28 +15,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from trainer.artifacts.job_dir import JobDir
 from trainer.data import listing
 from trainer.errors import UserError
 from trainer.serving.classifier import Classifier, Prediction, classify
 from trainer.storage import files
 
-_READERS = 16  # pictures of a batch that are read at once
-
-
-_SECONDS_BETWEEN_UPLOADS = 60
+_READ_PARALLELISM = 16
+_UPLOAD_INTERVAL_SECS = 60  # of a journal in a bucket
 
 
 def find_images(paths: list[str]) -> Iterator[str]:
-    """The files named, and all below the folders named, in an order that stays. Raises UserError for one that is not there."""
+    """These files, and all files below these folders, in a fixed order. Raises UserError if a path does not exist."""
     for path in paths:
         below = listing.list_files_below(path)
         if below is None:
-            raise UserError(f"{path} does not exist: pass pictures or folders of pictures.")
+            raise UserError(f"{path} does not exist: pass images or folders of images.")
         yield from below
 
 
@@ -46,9 +49,9 @@ def predict(
     progress: bool = False,
     read: Callable[[str], bytes | None] = files.read,
 ) -> Iterator[Prediction]:
-    """A Prediction for each path in order, holding one batch in memory; a bad file is told, the others go on.
+    """A Prediction for each path, in order; a bad file does not fail the others.
 
-    `total` is the number of paths, for the progress bar; `read` gives the bytes of a path, None if it is gone.
+    `total` is the number of paths, for the progress bar. `read` returns the contents of a path, None if it does not exist.
     """
     paths = iter(paths)
     with tqdm(total=total, unit="img", disable=not progress, leave=False) as bar:
@@ -57,78 +60,16 @@ def predict(
             bar.update(len(chunk))
 
 
-def _predict_batch(
-    classifier: Classifier, paths: list[str], read: Callable[[str], bytes | None]
-) -> Iterator[Prediction]:
-    contents_by_path = files.parallel(lambda path: _read(path, read), paths, workers=_READERS)
-    answers = iter(classify(classifier, [(path, contents) for path, contents, error in contents_by_path if not error]))
-    for path, _, error in contents_by_path:
-        yield Prediction(path, None, error) if error else next(answers)
-
-
-def _read(path: str, read: Callable[[str], bytes | None]) -> tuple[str, bytes, str]:
-    """The path, its bytes, and why they cannot be had (empty: they were)."""
-    is_local = not files.is_remote(path)
-    try:
-        if is_local and os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for ever
-            return path, b"", "neither a file nor a folder"
-        contents = read(path)
-    except OSError as error:
-        if not is_local and not isinstance(error, PermissionError):  # the bucket's trouble, not the picture's
-            raise
-        return path, b"", f"cannot be read: {error.strerror}"
-    return (path, b"", "cannot be read: it is gone") if contents is None else (path, contents, "")
-
-
-def format_table(predictions: Iterator[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
-    width = max(20, min(60, shutil.get_terminal_size().columns - 40))
-    label_width = max(5, *(len(name) for name in class_names))
-    yield f"{'picture':<{width}}  {'label':<{label_width}}  probability"
-    for path, probabilities, error, _ in predictions:
-        name = path if len(path) <= width else "…" + path[1 - width :]
-        name = name.encode("unicode_escape").decode() if not name.isprintable() else name
-        if probabilities is None:
-            yield f"{name:<{width}}  {'—':<{label_width}}  {error}"
-        else:
-            best = int(probabilities.argmax())
-            yield f"{name:<{width}}  {class_names[best]:<{label_width}}  {probabilities[best]:11.2%}"
-
-
-def _csv_lines(predictions: Iterator[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
-    def line(values: Iterable) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="").writerow(values)
-        return text.getvalue()
-
-    yield line(["path", "label", "probability", *(f"probability of {name}" for name in class_names), "error"])
-    for path, probabilities, error, _ in predictions:
-        if probabilities is None:
-            yield line([path, "", "", *("" for _ in class_names), error])
-        else:
-            best = int(probabilities.argmax())
-            yield line([path, class_names[best], *(f"{p:.6g}" for p in [probabilities[best], *probabilities]), ""])
-
-
-def _json_lines(predictions: Iterator[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
-    for path, probabilities, error, _ in predictions:
-        if probabilities is None:
-            yield json.dumps({"path": path, "error": error}, ensure_ascii=False)
-            continue
-        best = int(probabilities.argmax())
-        values = {name: float(p) for name, p in zip(class_names, probabilities, strict=True)}
-        answer = {"path": path, "label": class_names[best], "probability": values[class_names[best]]}
-        yield json.dumps({**answer, "probabilities": values}, ensure_ascii=False)
-
-
 class Tally:
-    """Counts predictions that pass by."""
+    """Counts predictions and failures."""
 
     def __init__(self) -> None:
-        self.images, self.failures = 0, 0
+        self.images = 0
+        self.failures = 0
         self.first_failure: Prediction | None = None
 
     def over(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
-        """The same predictions."""
+        """Yields the same predictions and counts them."""
         for prediction in predictions:
             self.images += 1
             if prediction.error:
@@ -137,85 +78,29 @@ class Tally:
             yield prediction
 
 
-def _keep_valid_prefix(journal: str, paths: Iterator[str]) -> int:
-    """Keeps of a journal the lines that fit the first of the paths, whole ones alone; returns how many those are."""
-    known = 0
-    with files.atomic_path(journal) as temporary, open(temporary, "w") as file:
-        for prediction, path in zip(_read_journal(journal), paths, strict=False):
-            if prediction.path != path:
-                break
-            file.write(_journal_line(prediction))
-            known += 1
-    return known
-
-
-def _append(journal: str, predictions: Iterator[Prediction], keep: Callable[[], None]) -> None:
-    """Writes each prediction behind the others, and calls `keep` from time to time, at the end too, however it comes."""
-    with open(journal, "a") as file:
-        kept = time.monotonic()
-        try:
-            for prediction in predictions:
-                file.write(_journal_line(prediction))
-                file.flush()
-                if time.monotonic() - kept > _SECONDS_BETWEEN_UPLOADS:
-                    keep()
-                    kept = time.monotonic()
-        finally:
-            keep()
-
-
-def _journal_line(prediction: Prediction) -> str:
-    probabilities = prediction.probabilities
-    values = None if probabilities is None else [float(value) for value in probabilities]
-    return json.dumps([prediction.path, values, prediction.error]) + "\n"
-
-
-def _read_journal(journal: str) -> Iterator[Prediction]:
-    """The predictions in a journal up to its end, or to a line that a killed process did not finish."""
-    if not os.path.exists(journal):
-        return
-    with open(journal) as file:
-        for line in file:
-            if not line.endswith("\n"):
-                return
-            path, values, error = json.loads(line)
-            yield Prediction(path, None if error else np.array(values, np.float32), error)
-
-
-@contextlib.contextmanager
-def _local(journal: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A local file for a journal with what it held, and what keeps it where it is meant to be; a bucket cannot append."""
-    if not files.is_remote(journal):
-        yield journal, lambda: None
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        local = os.path.join(directory, "journal")
-        files.atomic_write(local, files.read(journal) or b"")
-
-        def keep() -> None:
-            with open(local, "rb") as file:
-                files.atomic_write(journal, file.read())
-
-        yield local, keep
-
-
 def write_predictions(
-    classifier: Classifier, arguments: list[str], output: str, *, model: str, total: int, batch_size: int
+    classifier: Classifier, arguments: list[str], output: str, *, fingerprint: str, total: int, batch_size: int
 ) -> Tally:
-    """Labels all pictures into the file `output`, .csv or .jsonl, which is whole or absent.
+    """Classifies all images below `arguments` into the file `output`, .csv or .jsonl; the write is atomic.
 
-    What is known so far lies beside it, a line for each picture, under a name with `model` in it; a run that was stopped
-    goes on behind those lines that are of the files as they are now.
+    Until then a journal next to it holds one line per finished image; its name contains the `fingerprint` of the model.
+    A restarted command reuses the lines for as long as their paths match, in order, the files that it finds.
     """
-    journal = f"{output}.{model}.partial"
-    with _local(journal) as (local, keep):
-        known = _keep_valid_prefix(local, find_images(arguments))
-        if known:
-            logging.info("Going on after %d of %d pictures, which %s holds.", known, total, journal)
-        rest = itertools.islice(find_images(arguments), known, None)
-        show_bar = sys.stderr.isatty()
-        _append(local, predict(classifier, rest, batch_size=batch_size, total=total - known, progress=show_bar), keep)
-        as_lines, tally = _csv_lines if output.endswith(".csv") else _json_lines, Tally()
+    journal = f"{output}.{fingerprint}.partial"
+    with _local_journal(journal) as (local, upload):
+        num_done = _keep_valid_prefix(local, find_images(arguments))
+        if num_done:
+            logging.info("Resuming after %d of %d images, found in %s.", num_done, total, journal)
+        predictions = predict(
+            classifier,
+            itertools.islice(find_images(arguments), num_done, None),
+            batch_size=batch_size,
+            total=total - num_done,
+            progress=sys.stderr.isatty(),
+        )
+        _append(local, predictions, upload)
+        as_lines = _csv_lines if output.endswith(".csv") else _json_lines
+        tally = Tally()
         with files.atomic_path(output) as temporary, open(temporary, "w") as file:
             for line in as_lines(tally.over(_read_journal(local)), classifier.class_names):
                 file.write(line + "\n")
@@ -224,6 +109,138 @@ def write_predictions(
 
 
 def model_fingerprint(model_dir: str) -> str:
-    """What tells a model from another: its graph and weights, or its weights alone."""
-    contents = files.read(f"{model_dir}/fingerprint.pb") or files.read(f"{model_dir}/best.weights.h5") or b""
+    """Identifies a model by its graph and weights (SavedModel), or by its weights alone (job_dir); 12 hex digits."""
+    contents = files.read(files.join(model_dir, "fingerprint.pb")) or files.read(JobDir(model_dir).best_weights) or b""
     return hashlib.md5(contents, usedforsecurity=False).hexdigest()[:12]
+
+
+def format_table(predictions: Iterable[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
+    """The lines of a table for the terminal: path, label and probability, or the error."""
+    width = max(20, min(60, shutil.get_terminal_size().columns - 40))
+    label_width = max(5, *(len(name) for name in class_names))
+    yield f"{'image':<{width}}  {'label':<{label_width}}  probability"
+    for prediction in predictions:
+        path = prediction.path
+        name = path if len(path) <= width else "…" + path[1 - width :]
+        name = name.encode("unicode_escape").decode() if not name.isprintable() else name
+        if prediction.error:
+            yield f"{name:<{width}}  {'—':<{label_width}}  {prediction.error}"
+        else:
+            index, probability = prediction.top
+            yield f"{name:<{width}}  {class_names[index]:<{label_width}}  {probability:11.2%}"
+
+
+def _csv_lines(predictions: Iterable[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
+    yield _csv_line(["path", "label", "probability", *(f"probability of {name}" for name in class_names), "error"])
+    for prediction in predictions:
+        if prediction.probabilities is None:
+            empty = [""] * len(class_names)
+            yield _csv_line([prediction.path, "", "", *empty, prediction.error])
+        else:
+            index, probability = prediction.top
+            values = [f"{value:.6g}" for value in prediction.probabilities]
+            yield _csv_line([prediction.path, class_names[index], f"{probability:.6g}", *values, ""])
+
+
+def _csv_line(values: list[str]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(values)
+    return text.getvalue()
+
+
+def _json_lines(predictions: Iterable[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
+    for prediction in predictions:
+        if prediction.probabilities is None:
+            line: dict[str, Any] = {"path": prediction.path, "error": prediction.error}
+        else:
+            index, probability = prediction.top
+            line = {
+                "path": prediction.path,
+                "label": class_names[index],
+                "probability": probability,
+                "probabilities": dict(zip(class_names, prediction.probabilities.tolist(), strict=True)),
+            }
+        yield json.dumps(line, ensure_ascii=False)
+
+
+def _predict_batch(
+    classifier: Classifier, paths: list[str], read: Callable[[str], bytes | None]
+) -> Iterator[Prediction]:
+    images = files.parallel(lambda path: _read(path, read), paths, workers=_READ_PARALLELISM)
+    predictions = iter(classify(classifier, [(path, contents) for path, contents, error in images if not error]))
+    for path, _, error in images:
+        yield Prediction(path, None, error) if error else next(predictions)
+
+
+def _read(path: str, read: Callable[[str], bytes | None]) -> tuple[str, bytes, str]:
+    """The path, its contents, and the error if it cannot be read, else empty."""
+    is_local = not files.is_remote(path)
+    try:
+        if is_local and os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would block forever
+            return path, b"", "neither a file nor a folder"
+        contents = read(path)
+    except OSError as error:
+        if not is_local and not isinstance(error, PermissionError):  # a failure of the bucket, not of this image
+            raise
+        return path, b"", f"cannot be read: {error.strerror}"
+    return (path, b"", "cannot be read: it does not exist") if contents is None else (path, contents, "")
+
+
+@contextlib.contextmanager
+def _local_journal(journal: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A local file with the contents of the journal, and a function that uploads it, since objects cannot be appended to."""
+    if not files.is_remote(journal):
+        yield journal, lambda: None
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        local = os.path.join(directory, "journal")
+        files.atomic_write(local, files.read(journal) or b"")
+
+        def upload() -> None:
+            files.atomic_write(journal, files.read_existing(local))
+
+        yield local, upload
+
+
+def _keep_valid_prefix(journal: str, paths: Iterator[str]) -> int:
+    """Truncates a journal to the complete lines that match the first of the paths; returns their number."""
+    num_valid = 0
+    with files.atomic_path(journal) as temporary, open(temporary, "w") as file:
+        for prediction, path in zip(_read_journal(journal), paths, strict=False):
+            if prediction.path != path:
+                break
+            file.write(_journal_line(prediction))
+            num_valid += 1
+    return num_valid
+
+
+def _append(journal: str, predictions: Iterator[Prediction], upload: Callable[[], None]) -> None:
+    """Appends each prediction, and calls `upload` now and then and at the end, also after an exception."""
+    with open(journal, "a") as file:
+        uploaded = time.monotonic()
+        try:
+            for prediction in predictions:
+                file.write(_journal_line(prediction))
+                file.flush()
+                if time.monotonic() - uploaded > _UPLOAD_INTERVAL_SECS:
+                    upload()
+                    uploaded = time.monotonic()
+        finally:
+            upload()
+
+
+def _journal_line(prediction: Prediction) -> str:
+    values = None if prediction.probabilities is None else prediction.probabilities.tolist()
+    return json.dumps([prediction.path, values, prediction.error]) + "\n"
+
+
+def _read_journal(journal: str) -> Iterator[Prediction]:
+    """The predictions in a journal, up to its end or to a line that a killed process left incomplete."""
+    if not os.path.exists(journal):
+        return
+    with open(journal) as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return
+            path, values, error = json.loads(line)
+            yield Prediction(path, None if error else np.array(values, np.float32), error)

@@ -1,13 +1,12 @@
-"""A trained model to ask: a SavedModel, or the network rebuilt from a run's job_dir. TensorFlow is imported when one is loaded.
+"""A trained model that classifies encoded images: a SavedModel, or the network of a job_dir with its best weights.
 
-Shapes: B pictures, C classes, H x W of a heat map.
+Imports TensorFlow only when a model is loaded. Shapes: B images, C classes, H x W a heat map.
 """
 
+import dataclasses
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,10 +17,12 @@ from trainer.errors import UserError
 from trainer.storage import files
 
 
-class Classifier(NamedTuple):
-    """A model to ask about the bytes of B pictures; both raise on one that they cannot decode.
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """Class names and functions of the contents of B image files, which raise if an image cannot be decoded.
 
-    `probabilities` gives float32 [B, C]; `explain`, None where the model cannot, that and heat maps float32 [B, H, W].
+    `probabilities` returns float32 [B, C]. `explain` returns these and heat maps float32 [B, H, W]; it is None for a
+    model without heat maps.
     """
 
     class_names: tuple[str, ...]
@@ -29,13 +30,14 @@ class Classifier(NamedTuple):
     explain: Callable[[list[bytes]], tuple[np.ndarray, np.ndarray]] | None = None
 
 
-class Prediction(NamedTuple):
-    """What the model says of one picture; `error` tells why it says nothing."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """The result for one image: probabilities, or the error because of which there are none."""
 
     path: str
     probabilities: np.ndarray | None  # float32 [C]
     error: str = ""
-    heatmap: np.ndarray | None = None  # float32 [H, W] in 0..1, where it was asked for
+    heatmap: np.ndarray | None = None  # float32 [H, W] in 0..1, if requested
 
     @property
     def top(self) -> tuple[int, float]:
@@ -46,8 +48,8 @@ class Prediction(NamedTuple):
 
 
 def check_model_dir(model_dir: str) -> None:
-    """Raises UserError if there is neither a SavedModel nor a run in the folder; imports TensorFlow for gs:// alone."""
-    if not any(files.exists(os.path.join(model_dir, name)) for name in ("saved_model.pb", "config.json")):
+    """Raises UserError if the folder holds neither a SavedModel nor a run."""
+    if not files.exists(_graph_path(model_dir)) and not files.exists(JobDir(model_dir).config):
         raise UserError(
             f"--model_dir={model_dir} holds neither saved_model.pb nor config.json: pass the saved_model folder of a run, "
             "or its job_dir."
@@ -55,21 +57,40 @@ def check_model_dir(model_dir: str) -> None:
 
 
 def load(model_dir: str) -> Classifier:
-    """The model in a SavedModel folder or in a job_dir. Raises UserError if neither is there."""
+    """The model in a SavedModel folder or in a job_dir. Raises UserError if it cannot be loaded."""
     check_model_dir(model_dir)
-    if files.exists(files.join(model_dir, "saved_model.pb")):
+    if files.exists(_graph_path(model_dir)):
         with files.local_copy(model_dir) as local_dir:
             return _load_saved_model(local_dir)
     return _load_job_dir(model_dir)
 
 
+def classify(classifier: Classifier, images: list[tuple[str, bytes]], *, explain: bool = False) -> list[Prediction]:
+    """A Prediction for each image, given as path and file contents, in order; a bad image does not fail the others.
+
+    `explain` requests heat maps, from a classifier that has them.
+    """
+    reasons = [formats.rejection_reason(contents) for _, contents in images]
+    accepted = [image for image, reason in zip(images, reasons, strict=True) if not reason]
+    model = classifier.explain if explain and classifier.explain else classifier.probabilities
+    predictions = _classify_batch(model, accepted)
+    return [
+        Prediction(path, None, reason) if reason else next(predictions)
+        for (path, _), reason in zip(images, reasons, strict=True)
+    ]
+
+
+def _graph_path(model_dir: str) -> str:
+    return files.join(model_dir, "saved_model.pb")
+
+
 def _load_saved_model(model_dir: str) -> Classifier:
     import tensorflow as tf
 
-    _refuse_unsafe_operations(model_dir)
+    _reject_unsafe_operations(model_dir)
     try:
         model = tf.saved_model.load(model_dir)
-    except (OSError, ValueError, tf.errors.OpError) as error:  # ValueError: one without a graph
+    except (OSError, ValueError, tf.errors.OpError) as error:  # ValueError: no graph
         reason = str(error).splitlines()[0]
         raise UserError(f"--model_dir={model_dir} cannot be loaded ({reason}): export it again.") from None
     missing = {"serving_default", "class_names"} - set(model.signatures)
@@ -79,42 +100,44 @@ def _load_saved_model(model_dir: str) -> Classifier:
         )
     names = model.signatures["class_names"]()["class_names"].numpy()
 
+    # These functions keep a reference to the model; its signatures alone do not keep its variables alive.
     def probabilities(contents: list[bytes]) -> np.ndarray:
         return model.signatures["serving_default"](bytes=tf.constant(contents))["probabilities"].numpy()
 
     def explain(contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        answer = model.signatures["explain"](bytes=tf.constant(contents))
-        return answer["probabilities"].numpy(), answer["heatmap"].numpy()
+        outputs = model.signatures["explain"](bytes=tf.constant(contents))
+        return outputs["probabilities"].numpy(), outputs["heatmap"].numpy()
 
-    # The functions hold the model, which its signatures do not keep alive by themselves.
     class_names = tuple(name.decode() for name in names)
     return Classifier(class_names, probabilities, explain if "explain" in model.signatures else None)
 
 
-# Operations that reach out of the graph: Python of the process that made it, files by name. No export of this trainer has
-# one. SaveV2 and RestoreV2 stay, with which every SavedModel keeps its variables, so this is a lock and not a wall.
-_UNSAFE_OPERATIONS = re.compile(r"(Eager)?PyFunc.*|ReadFile|WriteFile|MatchingFiles|.*(Record|TextLine|File).*(Dataset|Reader).*|"
-                           r"InitializeTableFromTextFile.*")  # fmt: skip
+# Operations with effects outside the graph: Python functions, files by name. No export of this trainer contains one.
+# SaveV2 and RestoreV2 are allowed because every SavedModel stores its variables with them, so the check is not complete.
+_UNSAFE_OPERATIONS = re.compile(
+    r"(Eager)?PyFunc.*|ReadFile|WriteFile|MatchingFiles|.*(Record|TextLine|File).*(Dataset|Reader).*|"
+    r"InitializeTableFromTextFile.*"
+)
 
 
-def _refuse_unsafe_operations(model_dir: str) -> None:
-    """Raises UserError, before TensorFlow loads it, for a SavedModel with operations that reach out of the graph."""
+def _reject_unsafe_operations(model_dir: str) -> None:
+    """Raises UserError, before TensorFlow loads the SavedModel, if it contains operations with effects outside the graph."""
     from google.protobuf.message import DecodeError
     from tensorflow.core.protobuf import saved_model_pb2
 
     saved_model = saved_model_pb2.SavedModel()
     try:
-        saved_model.ParseFromString(files.read(f"{model_dir}/saved_model.pb") or b"")
+        saved_model.ParseFromString(files.read(_graph_path(model_dir)) or b"")
     except DecodeError:
-        raise UserError(f"--model_dir={model_dir}: saved_model.pb is no SavedModel: export it again.") from None
+        raise UserError(f"--model_dir={model_dir}: saved_model.pb is not a SavedModel: export it again.") from None
     graphs = [meta_graph.graph_def for meta_graph in saved_model.meta_graphs]
     nodes = [node for graph in graphs for node in graph.node]
     nodes += [node for graph in graphs for function in graph.library.function for node in function.node_def]
-    found = sorted({node.op for node in nodes if _UNSAFE_OPERATIONS.fullmatch(node.op)})
-    if found:
+    unsafe = sorted({node.op for node in nodes if _UNSAFE_OPERATIONS.fullmatch(node.op)})
+    if unsafe:
         raise UserError(
-            f"--model_dir={model_dir} holds operations that run other programs or open files ({', '.join(found)}), which no "
-            "export of this trainer does: it is not loaded. Use models of your own jobs only."
+            f"--model_dir={model_dir} contains operations that run other programs or open files ({', '.join(unsafe)}), "
+            "which no export of this trainer does: it is not loaded. Use only models of your own jobs."
         )
 
 
@@ -128,7 +151,7 @@ def _load_job_dir(directory: str) -> Classifier:
     settings = (paths.read_config() or {})["flags"]
     class_names = paths.read_class_names()
     if not files.exists(paths.best_weights):
-        raise UserError(f"{directory} holds no best.weights.h5 yet: wait for the run's first epoch.")
+        raise UserError(f"{paths.best_weights} does not exist yet: wait for the first epoch of the run.")
     network = resnet.rebuild(
         paths.best_weights,
         num_classes=len(class_names),
@@ -136,41 +159,30 @@ def _load_job_dir(directory: str) -> Classifier:
         head=settings["head"],
     )
 
-    # AutoGraph looks annotations up again, among the globals, where there is no tf.
+    # Without AutoGraph: it evaluates the annotations among the module's globals, where tf is not imported.
     @tf.function(input_signature=[tf.TensorSpec([None, *network.model.input_shape[1:]], tf.uint8)], autograph=False)
-    def classify(images: tf.Tensor) -> gradcam.Explanation:
+    def explain_images(images: tf.Tensor) -> gradcam.Explanation:
         return gradcam.explain(network, preprocess(images, settings["preprocessing"]))
 
     def explain(contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         images = [decode_image(tf.constant(one), settings["image_size"]) for one in contents]
-        explanation = classify(tf.stack(images))
+        explanation = explain_images(tf.stack(images))
         return explanation.probabilities.numpy(), explanation.heatmaps.numpy()
 
-    return Classifier(class_names, lambda contents: explain(contents)[0], explain)
+    def probabilities(contents: list[bytes]) -> np.ndarray:
+        return explain(contents)[0]
 
-
-def classify(classifier: Classifier, images: list[tuple[str, bytes]], *, explain: bool = False) -> list[Prediction]:
-    """A Prediction for each picture, a name and the bytes of a file, in order; errors are told in them.
-
-    `explain` asks for heat maps too, of a labeller that has them.
-    """
-    reasons = [formats.rejection_reason(contents) for _, contents in images]
-    good = [image for image, reason in zip(images, reasons, strict=True) if not reason]
-    answers = _classify_batch(classifier.explain if explain and classifier.explain else classifier.probabilities, good)
-    return [
-        Prediction(name, None, reason) if reason else next(answers)
-        for (name, _), reason in zip(images, reasons, strict=True)
-    ]
+    return Classifier(class_names, probabilities, explain)
 
 
 def _classify_batch(model: Callable, images: list[tuple[str, bytes]]) -> Iterator[Prediction]:
-    """Asks for all at once; where one breaks the batch, for each half, so that one bad picture costs few calls."""
+    """Calls the model for all images; if one fails the batch, for each half, so that a bad image costs few calls."""
     import tensorflow as tf
 
     if not images:
         return
     try:
-        answer = model([contents for _, contents in images])
+        outputs = model([contents for _, contents in images])
     except tf.errors.InvalidArgumentError as error:
         if len(images) == 1:
             yield Prediction(images[0][0], None, f"cannot be decoded: {_decode_error_reason(error.message)}")
@@ -179,14 +191,14 @@ def _classify_batch(model: Callable, images: list[tuple[str, bytes]]) -> Iterato
         yield from _classify_batch(model, images[:middle])
         yield from _classify_batch(model, images[middle:])
         return
-    rows, heatmaps = answer if isinstance(answer, tuple) else (answer, itertools.repeat(None))
-    for (name, _), row, heatmap in zip(images, rows, heatmaps):  # noqa: B905 (repeat has no end)
-        yield Prediction(name, row, "", heatmap)
+    rows, heatmaps = outputs if isinstance(outputs, tuple) else (outputs, itertools.repeat(None))
+    for (path, _), row, heatmap in zip(images, rows, heatmaps):  # noqa: B905 (repeat has no end)
+        yield Prediction(path, row, heatmap=heatmap)
 
 
 def _decode_error_reason(message: str) -> str:
-    """The one line of TensorFlow's message that says what is wrong, without the names of its operations."""
-    chatter = ("Graph execution error", "Detected at node", "<stack traces", "\t", "[[")
-    lines = [line for line in message.splitlines() if line.strip() and not line.startswith(chatter)]
+    """The line of TensorFlow's message that gives the reason, without the names of its operations."""
+    prefixes = ("Graph execution error", "Detected at node", "<stack traces", "\t", "[[")
+    lines = [line for line in message.splitlines() if line.strip() and not line.startswith(prefixes)]
     text = re.sub(r"\{\{.*?\}\} ?|\[Op:.*?\]", "", lines[0] if lines else message)
     return re.sub(r"^assertion failed: \[(.*)\]", r"\1", text).strip()

@@ -1,9 +1,9 @@
-"""Best weights -> model.tflite and model.onnx, for runtimes other than TensorFlow, each let out only if it agrees.
+"""Best weights -> model.tflite and model.onnx, for runtimes other than TensorFlow, each exported after a parity check.
 
-Both take `pixels` float32 [B, S, S, 3], RGB of 0 to 255, for any B, and answer with `probabilities` float32 [B, C]. How
-the network wants its pixels is inside; decoding a picture and squeezing it to a square is the caller's.
+Both take `pixels` float32 [B, S, S, 3], RGB of 0 to 255, for any B, and return `probabilities` float32 [B, C]. The
+preprocessing is part of the model; the caller decodes an image and resizes it to a square.
 
-Shapes: B pictures, S pixels to a side, C classes.
+Shapes: B images, n images of the parity check, S pixels to a side, C classes.
 """
 
 import json
@@ -14,16 +14,33 @@ from absl import logging
 
 from trainer.artifacts.job_dir import write_class_names
 from trainer.data.preprocessing import preprocess
+from trainer.models.resnet import Network
 from trainer.serving import saved_model
 from trainer.serving.saved_model import ParityReference
 from trainer.storage import files
 
-# Of 2023 (ONNX 1.14), the newest that tf2onnx 1.17 writes without a warning; runtimes from then on read it.
+# Of 2023 (ONNX 1.14), the newest that tf2onnx 1.17 writes without a warning; later runtimes read it.
 ONNX_OPSET = 18
 
 
+class PixelModule(tf.Module):
+    """Preprocessing and network in one graph."""
+
+    def __init__(self, network: Network, image_size: int, preprocessing: str):
+        super().__init__()
+        self.weights = [
+            variable.value for variable in network.model.variables
+        ]  # TFLite's converter needs the reference
+
+        @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.float32, name="pixels")])
+        def classify(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"probabilities": network.model(preprocess(pixels, preprocessing), training=False)}
+
+        self.classify = classify
+
+
 def path(directory: str, name: str) -> str:
-    """Where `write` leaves the format `tflite` or `onnx`."""
+    """The file that `write` leaves of the format `tflite` or `onnx`."""
     return files.join(directory, f"model.{name}")
 
 
@@ -41,29 +58,25 @@ def write(
     Each format is run by its own runtime on the images of the reference. Raises saved_model.ParityError, and does not
     write that format, if a probability differs by more than saved_model.MAX_PROBABILITY_DIFFERENCE.
     """
-    network = reference.network
-    module = tf.Module()  # holds the variables, which TFLite's converter would lose otherwise
-    module.weights = [variable.value for variable in network.model.variables]
-
-    @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.float32, name="pixels")])
-    def classify(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"probabilities": network.model(preprocess(pixels, preprocessing), training=False)}
-
-    module.classify = classify
+    module = PixelModule(reference.network, image_size, preprocessing)
     pixels = tf.cast(reference.images, tf.float32).numpy()
     files.make_directory(directory)
     write_class_names(files.join(directory, "labels.txt"), class_names)
     differences = {}
     for name in formats:
         logging.info("Converting to %s.", path(directory, name))
-        contents = _tflite(module) if name == "tflite" else _onnx(module, class_names)
-        probabilities = (_run_tflite if name == "tflite" else _run_onnx)(contents, pixels)
+        if name == "tflite":
+            contents = _convert_to_tflite(module)
+            probabilities = _run_tflite(contents, pixels)
+        else:
+            contents = _convert_to_onnx(module, class_names)
+            probabilities = _run_onnx(contents, pixels)
         differences[name] = saved_model.check_parity(f"model.{name}", probabilities, reference.expected)
         files.atomic_write(path(directory, name), contents)
     return differences
 
 
-def _tflite(module: tf.Module) -> bytes:
+def _convert_to_tflite(module: PixelModule) -> bytes:
     converter = tf.lite.TFLiteConverter.from_concrete_functions([module.classify.get_concrete_function()], module)
     return converter.convert()
 
@@ -75,7 +88,7 @@ def _run_tflite(contents: bytes, pixels: np.ndarray) -> np.ndarray:
     return interpreter.get_signature_runner()(pixels=pixels)["probabilities"]
 
 
-def _onnx(module: tf.Module, class_names: tuple[str, ...]) -> bytes:
+def _convert_to_onnx(module: PixelModule, class_names: tuple[str, ...]) -> bytes:
     import onnx
     import tf2onnx
 

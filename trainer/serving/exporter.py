@@ -1,4 +1,4 @@
-"""Exports the best weights of a run in every format asked for, each after a parity check with the in-memory model.
+"""Exports the best weights of a run in every requested format, each after a parity check with the in-memory model.
 
 Shapes: n validation images of the parity check, V validation images, S pixels to a side, C classes.
 """
@@ -97,7 +97,7 @@ def export_missing(run: FinishedRun, metrics: dict) -> dict:
 def _parity_reference(run: FinishedRun, best: Network, is_readable: np.ndarray) -> ParityReference:
     encoded, images = _parity_images(run, is_readable)
     expected = best.model(preprocess(images, run.preprocessing), training=False).numpy()
-    return ParityReference(best, encoded, images, expected)
+    return ParityReference(network=best, encoded=encoded, images=images, expected=expected)
 
 
 def _parity_images(run: FinishedRun, is_readable: np.ndarray) -> tuple[list[bytes], tf.Tensor]:

@@ -1,19 +1,19 @@
-"""Best weights -> a SavedModel that takes the bytes of pictures, let out only if it agrees with the live model.
+"""Best weights -> a SavedModel that takes encoded images, exported only after a parity check with the in-memory model.
 
-Its signatures, each for any number of pictures at once:
+Signatures, each for any batch size:
     serving_default   bytes string [B] -> label string [B], probability float32 [B], probabilities float32 [B, C]
-    serving_pixels    pixels uint8 [B, h, w, 3], RGB -> the same
-    explain           bytes string [B] -> the same and heatmap float32 [B, H, W] in 0..1 (see gradcam)
+    serving_pixels    pixels uint8 [B, h, w, 3], RGB -> the same outputs
+    explain           bytes string [B] -> the same outputs and heatmap float32 [B, H, W] in 0..1 (see models.gradcam)
     class_names       -> class_names string [C], in the order of `probabilities`
 
-Over HTTP a picture is {"bytes": {"b64": "..."}}: TensorFlow Serving and Vertex AI decode any object with the one key b64
-that stands for a string (JsonDecodeBase64Object in tensorflow_serving/util/json_tensor.cc), whatever the input's name.
-They write an output's strings as base64 only if its name ends in _bytes; so `label` comes as text.
+In JSON an image is {"bytes": {"b64": "..."}}: TensorFlow Serving and Vertex AI decode an object whose only key is b64
+into a string (JsonDecodeBase64Object in tensorflow_serving/util/json_tensor.cc), whatever the name of the input.
+They encode an output string as base64 only if the output's name ends in _bytes; `label` is therefore plain text.
 
-Shapes: B pictures of a request, h x w pixels of theirs, S pixels to a side of what the network sees, C classes.
+Shapes: B images of a request, h x w their pixels, S pixels to a side of the network's input, H x W a heat map, C classes.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 import tensorflow as tf
@@ -24,7 +24,7 @@ from trainer.models import gradcam
 from trainer.models.resnet import Network
 from trainer.storage import files
 
-# Between SavedModel and in-memory model, both float32: TF32 convolutions differ by less.
+# Between two float32 models: TF32 convolutions differ by less.
 MAX_PROBABILITY_DIFFERENCE = 1e-3
 
 
@@ -32,27 +32,35 @@ class ParityError(RuntimeError):
     """An exported model does not give the probabilities of the in-memory model."""
 
 
-class ParityReference(NamedTuple):
-    """What an exported model must agree with: a network, and its probabilities for n images."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParityReference:
+    """An in-memory network and its probabilities for n images, which an exported model must reproduce."""
 
     network: Network
-    encoded: list[bytes]  # n images as they are in their files
+    encoded: list[bytes]  # contents of n image files
     images: tf.Tensor  # uint8 [n, S, S, 3], decoded as in training
     expected: np.ndarray  # float32 [n, C], from the network
 
 
 class ServingModule(tf.Module):
-    """What is saved: decoding, preprocessing, network and class names in one graph, without Keras objects."""
+    """Decoding, preprocessing, network and class names in one graph, without Keras objects."""
 
     def __init__(
-        self, network: Network, class_names: tuple[str, ...], image_size: int, preprocessing: str, with_webp: bool
+        self,
+        network: Network,
+        *,
+        class_names: tuple[str, ...],
+        image_size: int,
+        preprocessing: str,
+        with_webp: bool,
     ):
         super().__init__()
         self.weights = [variable.value for variable in network.model.variables]  # tracked, so that they are saved
-        self._names = tf.constant(class_names)
-        self._image_size, self._with_webp = image_size, with_webp
+        self._class_names = tf.constant(class_names)
+        self._image_size = image_size
+        self._with_webp = with_webp
 
-        # One trace of the network for all signatures; where nobody asks for the heat map, TensorFlow prunes it.
+        # One trace of the network for all signatures; TensorFlow prunes the heat map where it is not an output.
         @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8)])
         def explain(images: tf.Tensor) -> gradcam.Explanation:
             return gradcam.explain(network, preprocess(images, preprocessing))
@@ -61,24 +69,24 @@ class ServingModule(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="bytes")])
     def classify(self, contents: tf.Tensor) -> dict[str, tf.Tensor]:
-        """serving_default."""
-        return self._answer(self._explain(self._decode(contents)))
+        """Signature serving_default."""
+        return self._outputs(self._explain(self._decode(contents)))
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, name="pixels")])
     def classify_pixels(self, pixels: tf.Tensor) -> dict[str, tf.Tensor]:
-        """serving_pixels; sizes other than the network's are squeezed as in training."""
-        return self._answer(self._explain(resize(pixels, self._image_size)))
+        """Signature serving_pixels; resizes to the network's size as in training, without keeping the aspect ratio."""
+        return self._outputs(self._explain(resize(pixels, self._image_size)))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="bytes")])
     def explain(self, contents: tf.Tensor) -> dict[str, tf.Tensor]:
-        """explain."""
+        """Signature explain."""
         explanation = self._explain(self._decode(contents))
-        return {**self._answer(explanation), "heatmap": explanation.heatmaps}
+        return {**self._outputs(explanation), "heatmap": explanation.heatmaps}
 
     @tf.function(input_signature=[])
     def class_names(self) -> dict[str, tf.Tensor]:
-        """class_names."""
-        return {"class_names": self._names}
+        """Signature class_names."""
+        return {"class_names": self._class_names}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
     def _decode(self, contents: tf.Tensor) -> tf.Tensor:
@@ -89,10 +97,10 @@ class ServingModule(tf.Module):
             fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
         )
 
-    def _answer(self, explanation: gradcam.Explanation) -> dict[str, tf.Tensor]:
+    def _outputs(self, explanation: gradcam.Explanation) -> dict[str, tf.Tensor]:
         probabilities = explanation.probabilities
         return {
-            "label": tf.gather(self._names, tf.argmax(probabilities, axis=1)),
+            "label": tf.gather(self._class_names, tf.argmax(probabilities, axis=1)),
             "probability": tf.reduce_max(probabilities, axis=1),
             "probabilities": probabilities,
         }
@@ -109,10 +117,16 @@ def save(
 ) -> float:
     """Writes the SavedModel of the reference's network; returns the largest difference of a probability.
 
-    Without `with_webp` the model refuses WebP, and servers that lack TensorFlow's operation for it can load it. Raises
-    ParityError, and leaves `directory` as it was, if a signature differs by more than MAX_PROBABILITY_DIFFERENCE.
+    Without `with_webp` the model rejects WebP, and servers without TensorFlow's WebP operation can load it. Raises
+    ParityError, and leaves `directory` unchanged, if a signature differs by more than MAX_PROBABILITY_DIFFERENCE.
     """
-    module = ServingModule(reference.network, class_names, image_size, preprocessing, with_webp)
+    module = ServingModule(
+        reference.network,
+        class_names=class_names,
+        image_size=image_size,
+        preprocessing=preprocessing,
+        with_webp=with_webp,
+    )
     signatures = {
         "serving_default": module.classify,
         "serving_pixels": module.classify_pixels,
@@ -121,7 +135,7 @@ def save(
     }
     with files.atomic_directory(directory) as temporary:
         verbosity = logging.get_verbosity()
-        logging.set_verbosity(min(verbosity, logging.WARNING))  # TensorFlow logs how long each part of saving took
+        logging.set_verbosity(min(verbosity, logging.WARNING))  # TensorFlow logs the duration of each part
         tf.saved_model.save(module, temporary, signatures=signatures)
         logging.set_verbosity(verbosity)
         served = tf.saved_model.load(temporary).signatures
@@ -137,12 +151,16 @@ def save(
         )
 
 
-def check_parity(what: str, probabilities: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference of probabilities, both float32 [n, C]. Raises ExportMismatch above MAX_DIFFERENCE."""
+def check_parity(name: str, probabilities: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference between probabilities of the model `name` and `expected`, both float32 [n, C].
+
+    Raises ParityError if it is above MAX_PROBABILITY_DIFFERENCE or not a number.
+    """
     difference = float(np.abs(probabilities - expected).max())
     if not difference <= MAX_PROBABILITY_DIFFERENCE:  # NaN fails too
         raise ParityError(
-            f"{what} gives probabilities that differ by up to {difference:.3g} from the live model's on {len(expected)} "
-            f"validation pictures, more than {MAX_PROBABILITY_DIFFERENCE}: training and serving do not see the same. It was not exported."
+            f"{name} gives probabilities that differ by up to {difference:.3g} from the in-memory model on "
+            f"{len(expected)} validation images, more than {MAX_PROBABILITY_DIFFERENCE}: training and serving do not "
+            "compute the same. It was not exported."
         )
     return difference

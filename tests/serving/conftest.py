@@ -1,0 +1,42 @@
+"""Fixtures of this package."""
+
+import io
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from trainer.data.preprocessing import decode_image, preprocess
+from trainer.models import resnet
+from trainer.serving import classifier as classifiers
+from trainer.serving.saved_model import ParityReference
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """A network of three classes and 32 pixels, and its probabilities for four noise images of different sizes."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input([32, 32, 3])
+    features = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 5, activation="relu")(inputs))
+    network = resnet.with_head(keras.Model(inputs, features), 3)
+    network.head.layers[-1].kernel.assign(network.head.layers[-1].kernel / 50)  # probabilities other than 0 and 1
+    encoded = [_noise_image(size, size + 9, seed=size) for size in (20, 32, 50, 130)]
+    images = tf.stack([decode_image(tf.constant(contents), 32) for contents in encoded])
+    expected = network.model(preprocess(images, "imagenet")).numpy()
+    assert np.ptp(expected.max(axis=1)) > 0.01  # equal probabilities would hide a permutation of the images
+    return ParityReference(network=network, encoded=encoded, images=images, expected=expected)
+
+
+def _noise_image(height: int, width: int, seed: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def classifier(tiny_model_dir):
+    """The classifier of tests.support.tiny_model."""
+    return classifiers.load(str(tiny_model_dir))

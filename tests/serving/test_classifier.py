@@ -1,0 +1,60 @@
+"""Classification of encoded images: errors per image, heat maps, models that cannot be loaded."""
+
+import json
+
+import pytest
+
+from tests.support.tiny_model import make_image
+from trainer.artifacts.job_dir import JobDir
+from trainer.errors import UserError
+from trainer.serving.classifier import _decode_error_reason, classify, load
+from trainer.storage import files
+
+
+def test_each_bad_image_gets_a_one_line_error_and_fails_no_other(classifier):
+    png = make_image(0, kind="PNG")
+    broken = {
+        "empty": (b"", "empty file"),
+        "text": (b"hello", "not a JPEG, PNG, GIF, BMP or WebP"),
+        "damaged inside": (png.replace(b"IDAT", b"IDAT\0", 1), "cannot be decoded: Invalid PNG"),
+    }
+    images = [("good", make_image(0)), *((name, contents) for name, (contents, _) in broken.items()), ("end", png)]
+    predictions = classify(classifier, images, explain=True)
+    assert [prediction.path for prediction in predictions] == ["good", *broken, "end"]
+    assert [prediction.top[0] for prediction in (predictions[0], predictions[-1])] == [0, 0]
+    assert predictions[0].heatmap.shape == (8, 8)
+    for prediction, (_, reason) in zip(predictions[1:-1], broken.values(), strict=True):
+        assert prediction.error.startswith(reason)
+        assert "\n" not in prediction.error
+
+
+def test_tensorflow_messages_are_reduced_to_the_reason():
+    served = (
+        "Graph execution error:\n\nDetected at node Assert/Assert defined at (most recent call last):\n"
+        "<stack traces unavailable>\nassertion failed: [not a picture]\n\t [[{{node Assert/Assert}}]]\n"
+        "\t [[Stateful/x]] [Op:__inference_1]"
+    )
+    eager = "{{function_node __wrapped__DecodeJpeg_device_/CPU:0}} Invalid JPEG data. [Op:DecodeJpeg]"
+    assert _decode_error_reason(served) == "not a picture"
+    assert _decode_error_reason(eager) == "Invalid JPEG data."
+
+
+def test_a_saved_model_returns_heat_maps_with_a_maximum_of_1(classifier):
+    probabilities, heatmaps = classifier.explain([make_image(1), make_image(2)])
+    assert probabilities.argmax(axis=1).tolist() == [1, 2]
+    assert heatmaps.max(axis=(1, 2)).tolist() == [1, 1]
+
+
+def test_a_job_dir_without_labels_or_weights_is_a_user_error(tmp_path):
+    paths = JobDir(str(tmp_path))
+    files.atomic_write(paths.config, json.dumps({"flags": {}}))
+    with pytest.raises(UserError, match=r"labels\.txt, which names the classes, does not exist"):
+        load(str(tmp_path))
+    files.atomic_write(paths.labels, "cat\ndog\n")
+    with pytest.raises(UserError, match=r"best\.weights\.h5 does not exist yet"):
+        load(str(tmp_path))
+
+
+def test_a_folder_without_a_model_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"holds neither saved_model\.pb nor config\.json"):
+        load(str(tmp_path))

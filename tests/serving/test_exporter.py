@@ -1,0 +1,81 @@
+"""Exports of a finished run."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.support.images import write_images
+from tests.support.paths import TINY_JOB
+from trainer.artifacts.job_dir import JobDir
+from trainer.data.dataset import read_folder
+from trainer.errors import UserError
+from trainer.models import resnet
+from trainer.serving import converters, exporter
+from trainer.serving.exporter import FinishedRun
+
+
+@pytest.mark.slow
+def test_a_finished_run_adds_formats_that_are_requested_later(tmp_path):
+    images = write_images(tmp_path / "pictures", {"cat": 10, "dog": 10})
+    paths = JobDir(str(tmp_path / "job"))
+
+    def run(formats: str) -> str:
+        command = [
+            sys.executable,
+            TINY_JOB,
+            f"--data_dir={images}",
+            f"--job_dir={paths.root}",
+            f"--export_formats={formats}",
+            "--weights=none",
+            "--image_size=32",
+            "--head_epochs=0",
+            "--epochs=1",
+            "--batch_size=8",
+        ]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    onnx_path = converters.path(paths.exports, "onnx")
+    assert onnx_path not in run("tflite")
+    before = contents_and_time(paths.history), contents_and_time(converters.path(paths.exports, "tflite"))
+    assert onnx_path in run("saved_model,tflite,onnx")
+    assert sorted(pathlib.Path(paths.exports).iterdir()) == [
+        pathlib.Path(paths.exports, name) for name in ("labels.txt", "model.onnx", "model.tflite")
+    ]
+    assert (contents_and_time(paths.history), contents_and_time(converters.path(paths.exports, "tflite"))) == before
+    differences = paths.read_metrics()["export_differences"]
+    assert set(differences) == {"saved_model", "tflite", "onnx"}
+    assert max(differences.values()) < 1e-5
+
+
+def contents_and_time(path: str) -> tuple[bytes, int]:
+    return pathlib.Path(path).read_bytes(), pathlib.Path(path).stat().st_mtime_ns
+
+
+def test_without_a_readable_validation_image_nothing_is_exported(tmp_path):
+    images = write_images(tmp_path / "pictures", {"a": 3, "b": 3})
+    run = FinishedRun(
+        paths=JobDir(str(tmp_path / "job")),
+        data_dir=str(images),
+        model_dir=str(tmp_path / "model"),
+        export_formats="saved_model",
+        class_names=("a", "b"),
+        validation=read_folder(str(images)).examples,
+        image_size=32,
+        preprocessing="imagenet",
+        head="average",
+        with_webp=False,
+        build_network=resnet.build,
+    )
+    (images / "a" / "a_000.jpg").write_bytes(b"not an image any more")
+    (images / "a" / "a_001.jpg").unlink()
+    encoded, decoded = exporter._parity_images(run, np.ones(6, bool))
+    assert len(encoded) == len(decoded) == 4
+    for path in images.rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"No validation image in .* can be read any more.*: restore the images"):
+        exporter._parity_images(run, np.ones(6, bool))

@@ -1,0 +1,159 @@
+"""Evaluates trained models on a labeled folder and writes a report of each, and a comparison of several.
+
+Shapes: N images that the model can read, C classes, [h, w] a heat map.
+"""
+
+import dataclasses
+import functools
+import platform
+import sys
+import time
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from trainer.artifacts import run_record
+from trainer.artifacts.job_dir import PAGE_NAME, JobDir, write_class_names
+from trainer.artifacts.metrics import validation_metrics
+from trainer.data import file_checks, shards
+from trainer.data.dataset import Examples, Folder
+from trainer.data.listing import BadFile
+from trainer.errors import UserError
+from trainer.reporting import comparison, report
+from trainer.serving import batch
+from trainer.serving.classifier import Classifier, classify, load
+from trainer.storage import files
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabeledFolder:
+    """A labeled folder, what read_folder found in it, and how it is evaluated."""
+
+    data_dir: str
+    folder: Folder
+    batch_size: int
+    max_bad_fraction: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The predictions of a model for the images that it can read."""
+
+    classifier: Classifier
+    examples: Examples  # N; labels are class indices of the model
+    probabilities: np.ndarray  # float32 [N, C]
+    bad_files: list[BadFile]
+
+
+def evaluate_and_report(model_dirs: list[str], labeled: LabeledFolder, report_dir: str) -> None:
+    """Writes the report of one model into `report_dir`; of several into model_1, model_2, ... below it, and a comparison.
+
+    Raises UserError if a model lacks a class of the folder, or if more than max_bad_fraction of the files are bad.
+    """
+    if len(model_dirs) == 1:
+        _evaluate_and_report_one(model_dirs[0], labeled, report_dir)
+        return
+    names = [f"model_{number}" for number in range(1, len(model_dirs) + 1)]
+    for name, model_dir in zip(names, model_dirs, strict=True):
+        _evaluate_and_report_one(model_dir, labeled, files.join(report_dir, name))
+    for pair in comparison.write(report_dir, names)["pairs"]:
+        logging.info(
+            "Models %d and %d: %d images correct only with the first, %d only with the second, p = %.2g (McNemar, exact): %s.",
+            pair["first"] + 1,
+            pair["second"] + 1,
+            pair["only_first"],
+            pair["only_second"],
+            pair["p_value_holm"],
+            "significant difference" if pair["is_significant"] else "no significant difference",
+        )
+    logging.info("Comparison: %s", files.join(report_dir, PAGE_NAME))
+
+
+def evaluate(model_dir: str, labeled: LabeledFolder) -> Evaluation:
+    """Classifies every image of the folder once. Raises UserError as evaluate_and_report."""
+    classifier, folder = load(model_dir), labeled.folder
+    examples = _with_labels_of(classifier.class_names, folder.class_names, folder.examples, labeled.data_dir)
+    predictions = list(
+        batch.predict(
+            classifier,
+            examples.paths.tolist(),
+            batch_size=labeled.batch_size,
+            total=len(examples),
+            progress=sys.stderr.isatty(),
+            read=functools.partial(shards.read, labeled.data_dir),
+        )
+    )
+    is_readable = np.array([not prediction.error for prediction in predictions])
+    unreadable = [BadFile(prediction.path, prediction.error) for prediction in predictions if prediction.error]
+    bad_files = [*folder.bad_files, *unreadable]
+    total = len(examples) + len(folder.bad_files)
+    file_checks.check_bad_fraction(len(bad_files), total, bad_files[:1], labeled.max_bad_fraction)
+    probabilities = np.stack([p.probabilities for p in predictions if p.probabilities is not None])
+    return Evaluation(classifier, examples.take(is_readable), probabilities, bad_files)
+
+
+def _evaluate_and_report_one(model_dir: str, labeled: LabeledFolder, report_dir: str) -> None:
+    started = time.monotonic()
+    evaluation = evaluate(model_dir, labeled)
+    paths = JobDir(report_dir)
+    files.make_directory(paths.root)
+    class_names = evaluation.classifier.class_names
+    write_class_names(paths.labels, class_names)
+    paths.write_config(_config(model_dir, labeled, report_dir))
+    paths.write_bad_files(evaluation.bad_files)
+    paths.write_predictions(evaluation.examples, evaluation.probabilities, class_names)
+    metrics = {
+        **validation_metrics(evaluation.examples.labels, evaluation.probabilities, class_names),
+        "validation_images": len(evaluation.examples),
+        "bad_images": len(evaluation.bad_files),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    paths.write_metrics(metrics)
+    shown_paths = run_record.read(report_dir).shown_paths
+    paths.write_heatmaps(None, _heatmaps(evaluation.classifier, labeled.data_dir, shown_paths))
+    report.write(report_dir, report_dir=report_dir)
+    logging.info(
+        "%s: accuracy %.4f on %d images: %s",
+        model_dir,
+        metrics["val_accuracy"],
+        len(evaluation.examples),
+        files.join(report_dir, PAGE_NAME),
+    )
+
+
+def _config(model_dir: str, labeled: LabeledFolder, report_dir: str) -> dict:
+    return {
+        "flags": {
+            "model_dir": model_dir,
+            "data_dir": labeled.data_dir,
+            "report_dir": report_dir,
+            "max_bad_fraction": labeled.max_bad_fraction,
+        },
+        "defaults": {},
+        "resolved": {},
+        "versions": {"tensorflow": tf.__version__, "python": platform.python_version()},
+    }
+
+
+def _heatmaps(classifier: Classifier, data_dir: str, paths: list[str]) -> dict[str, np.ndarray]:
+    """Heat maps uint8 [h, w] by path; {} of a model without heat maps."""
+    if classifier.explain is None:
+        return {}
+    images = [(path, shards.read(data_dir, path) or b"") for path in paths]
+    predictions = classify(classifier, images, explain=True)
+    return {p.path: np.round(255 * p.heatmap).astype(np.uint8) for p in predictions if p.heatmap is not None}
+
+
+def _with_labels_of(
+    model_names: tuple[str, ...], folder_names: tuple[str, ...], examples: Examples, data_dir: str
+) -> Examples:
+    """The examples with class indices of the model. Raises UserError if the model lacks a class of the folder."""
+    unknown = [name for name in folder_names if name not in model_names]
+    if unknown:
+        raise UserError(
+            f"{data_dir} has the class {unknown[0]!r}, but the model has {', '.join(map(repr, model_names))}: rename "
+            "the folder or remove it."
+        )
+    index = np.array([model_names.index(name) for name in folder_names], np.int32)
+    return Examples(examples.paths, index[examples.labels], examples.hashes)
