@@ -1,32 +1,33 @@
-"""The report of a run: what a person looks at, drawn from nothing but the files in job_dir.
+"""Draws the report of a run from the files in its job_dir.
 
-python -m trainer.report --job_dir=J        draws it again
+python -m trainer.report --job_dir=J
 """
-
-import os
 
 from absl import flags, logging
 
 from trainer import cli
+from trainer.artifacts.job_dir import PAGE_NAME, JobDir
 from trainer.errors import UserError
 from trainer.reporting import report
+from trainer.storage import files
 
 
 def define_flags() -> None:
     """Defines the flags of `python -m trainer.report`."""
     flags.DEFINE_string("job_dir", "", "The folder of a run of trainer.task, or the --report_dir of trainer.evaluate.")
-    flags.DEFINE_string("report_dir", "", "Where to draw; by default job_dir/report.")
+    flags.DEFINE_string("report_dir", "", "Folder for the report. Default: report in --job_dir.")
 
 
 def main(arguments: list[str]) -> None:
-    """Draws the report of --job_dir again."""
+    """Draws the report of --job_dir."""
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --job_dir={arguments[0]} if it is the run.")
     cli.require("job_dir")
     cli.import_tensorflow()
-    report_dir = flags.FLAGS.report_dir or os.path.join(flags.FLAGS.job_dir, "report")
-    report.write(flags.FLAGS.job_dir, report_dir=report_dir)
-    logging.info("The report is in %s", os.path.join(report_dir, "index.html"))
+    job_dir = flags.FLAGS.job_dir
+    report_dir = flags.FLAGS.report_dir or JobDir(job_dir).report
+    report.write(job_dir, report_dir=report_dir)
+    logging.info("The report is in %s", files.join(report_dir, PAGE_NAME))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scores equal those computed by hand and those that were published."""
+"""Metrics equal hand-computed and published values."""
 
 import json
 import statistics
@@ -11,11 +11,12 @@ from trainer.artifacts.metrics import (
     expected_calibration_error,
     holm_correction,
     mcnemar_test,
+    top_class,
     wilson_interval,
 )
 
 
-def test_classification_metrics_equal_those_computed_by_hand():
+def test_classification_metrics_equal_hand_computed_values():
     metrics = classification_metrics([0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0], num_classes=2)
     assert metrics.confusion.tolist() == [[3, 1], [1, 1]]
     assert metrics.accuracy == pytest.approx(4 / 6)
@@ -24,7 +25,7 @@ def test_classification_metrics_equal_those_computed_by_hand():
     assert metrics.per_class[1] == pytest.approx({"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "support": 2})
 
 
-def test_a_class_without_pictures_has_no_recall_and_does_not_count_in_the_balanced_accuracy():
+def test_a_class_without_images_has_no_recall():
     metrics = classification_metrics([0, 0, 1], [0, 2, 1], num_classes=4)
     assert metrics.balanced_accuracy == pytest.approx((1 / 2 + 1) / 2)
     assert metrics.per_class[2] == {"precision": 0.0, "recall": None, "f1": 0.0, "support": 0}
@@ -33,7 +34,7 @@ def test_a_class_without_pictures_has_no_recall_and_does_not_count_in_the_balanc
 
 
 @pytest.mark.parametrize(("labels", "predicted"), [([], []), ([0, 1], [0]), ([0], [2]), ([-1], [0])])
-def test_labels_that_fit_no_class_are_an_error(labels, predicted):
+def test_ids_outside_the_classes_raise(labels, predicted):
     with pytest.raises(ValueError, match="labels"):
         classification_metrics(labels, predicted, num_classes=2)
 
@@ -48,7 +49,7 @@ def test_wilson_interval_equals_the_published_values(correct, total, low, high):
     assert wilson_interval(total - correct, total) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
-def test_wilson_interval_of_nothing_is_an_error():
+def test_wilson_interval_of_a_total_of_0_raises():
     with pytest.raises(ValueError, match="total 0"):
         wilson_interval(0, 0)
 
@@ -59,51 +60,57 @@ def test_calibration_error_is_small_for_a_calibrated_model():
     assert expected_calibration_error(probability, rng.uniform(size=200_000) < probability) < 0.005
 
 
-def test_calibration_error_equals_that_computed_by_hand():
+def test_calibration_error_equals_the_hand_computed_value():
     probability, correct = [0.95, 0.95, 0.95, 0.95, 0.6, 0.6], [1, 1, 0, 0, 1, 0]
-    # Bins of 0.1: four answers at 0.95 of which half are right, two at 0.6 of which half are right.
+    # Bins of 0.1: four predictions at 0.95, half of them correct; two at 0.6, half of them correct.
     assert expected_calibration_error(probability, correct, bins=10) == pytest.approx(4 / 6 * 0.45 + 2 / 6 * 0.1)
     assert expected_calibration_error([1.0, 0.0], [1, 0]) == 0
 
 
-def test_comparison_of_two_models_equals_that_computed_by_hand():
-    # 21 pictures: one that only the first gets right, seven that only the second does.
+def test_comparison_of_two_models_equals_hand_computed_values():
+    # 21 images: one that only the first model classifies correctly, seven that only the second does.
     first = np.array([1] * 1 + [0] * 7 + [1] * 1 + [0] * 12)
     second = np.array([0] * 1 + [1] * 7 + [1] * 1 + [0] * 12)
     pair = mcnemar_test(first, second)
     assert (pair.only_first, pair.only_second) == (1, 7)
     assert pair.p_value == pytest.approx(2 * (1 + 8) / 2**8)
     assert pair.difference == pytest.approx(6 / 21)
-    centre, half = 6 / 23, 1.959964 * ((10 / 23 - (6 / 23) ** 2) / 23) ** 0.5
-    assert (pair.low, pair.high) == pytest.approx((centre - half, centre + half), abs=1e-6)
+    center, half_width = 6 / 23, 1.959964 * ((10 / 23 - (6 / 23) ** 2) / 23) ** 0.5
+    assert (pair.low, pair.high) == pytest.approx((center - half_width, center + half_width), abs=1e-6)
     assert mcnemar_test(second, first).difference == -pair.difference
 
 
-def test_models_that_never_differ_are_not_told_apart():
+def test_equal_predictions_have_no_significant_difference():
     pair = mcnemar_test([True, False] * 50, [True, False] * 50)
     assert (pair.difference, pair.p_value) == (0, 1)
     assert pair.low == -pair.high
 
 
-def test_the_interval_of_a_difference_holds_its_level_and_the_test_its_own():
+def test_coverage_and_false_alarm_rate_match_their_levels():
     rng = np.random.default_rng(0)
-    held = alarms = 0
+    covered = false_alarms = 0
     for _ in range(2000):
         draws = rng.uniform(size=80)
-        different = mcnemar_test(draws < 0.80, (draws > 0.10) & (draws < 0.95))  # truly better by 0.05
-        held += different.low <= 0.05 <= different.high
+        different = mcnemar_test(draws < 0.80, (draws > 0.10) & (draws < 0.95))  # the second is better by 0.05
+        covered += different.low <= 0.05 <= different.high
         equal = mcnemar_test(draws < 0.85, (draws > 0.10) & (draws < 0.95))
-        alarms += equal.p_value < 0.05
-    assert held / 2000 > 0.94
-    assert alarms / 2000 < 0.05
+        false_alarms += equal.p_value < 0.05
+    assert covered / 2000 > 0.94
+    assert false_alarms / 2000 < 0.05
 
 
-def test_many_discordant_pictures_are_tested_exactly_too():
+def test_the_exact_test_works_for_many_discordant_images():
     pair = mcnemar_test(np.arange(20_000) < 10_100, np.arange(20_000) >= 10_100)
     # The normal approximation with continuity correction: z = (|b - c| - 1) / sqrt(b + c).
     assert pair.p_value == pytest.approx(2 * (1 - statistics.NormalDist().cdf(199 / 20_000**0.5)), rel=1e-3)
 
 
-def test_holms_correction_equals_that_computed_by_hand():
+def test_holm_correction_equals_hand_computed_values():
     assert holm_correction([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm_correction([0.9]) == [0.9]
+
+
+def test_top_class_is_the_argmax_and_its_probability():
+    index, probability = top_class(np.array([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05]], np.float32))
+    assert index.tolist() == [1, 0]
+    assert probability == pytest.approx([0.5, 0.9])

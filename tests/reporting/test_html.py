@@ -1,4 +1,4 @@
-"""The pages in real Chromium: nothing fails to load, sticks out or cannot be read, whatever the names in them."""
+"""In Chromium, every page loads, fits its window and is readable, whatever the names in it."""
 
 import shutil
 
@@ -26,18 +26,18 @@ def report_page(tmp_path_factory):
 def inspection_page(tmp_path_factory):
     root = tmp_path_factory.mktemp("inspection")
     data = write_images(root / "data & <i>more", {CLASSES[3]: 12, "<b>bird": 2}, size=100)
-    (data / "<b>bird" / '<img src="x">.jpg').write_text("no picture")
+    (data / "<b>bird" / '<img src="x">.jpg').write_text("not an image")
     shutil.copy(data / CLASSES[3] / f"{CLASSES[3]}_000.jpg", data / "<b>bird" / "copy.jpg")
-    answer = run_command("trainer.inspect_data", f"--data_dir={data}", f"--output_dir={root / 'output'}")
-    assert answer.returncode == 0, answer.stderr
+    result = run_command("trainer.inspect_data", f"--data_dir={data}", f"--output_dir={root / 'output'}")
+    assert result.returncode == 0, result.stderr
     return root / "output" / "inspect.html"
 
 
 @pytest.mark.parametrize(("width", "color_scheme", "media"), LOOKS)
-def test_the_report_can_be_read_everywhere(chromium, report_page, width, color_scheme, media):
+def test_the_report_is_readable_on_every_medium(chromium, report_page, width, color_scheme, media):
     with browser.opened(chromium, report_page, width=width, color_scheme=color_scheme, media=media) as page:
-        browser.assert_nothing_sticks_out(page)
-        browser.assert_pictures_are_loaded(page, at_least=20)
+        browser.assert_nothing_overflows(page)
+        browser.assert_images_are_loaded(page, at_least=20)
         for selector in ("h1", ".verdict p", ".eyebrow", "#flags th", ".wrong", ".matrix td.true", "nav a", "pre"):
             assert browser.contrast(page, selector) > 4.5, selector
         is_dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(246, 247, 249)"
@@ -45,28 +45,28 @@ def test_the_report_can_be_read_everywhere(chromium, report_page, width, color_s
 
 
 @pytest.mark.parametrize(("width", "color_scheme", "media"), LOOKS)
-def test_the_inspection_can_be_read_everywhere(chromium, inspection_page, width, color_scheme, media):
+def test_the_inspection_is_readable_on_every_medium(chromium, inspection_page, width, color_scheme, media):
     with browser.opened(chromium, inspection_page, width=width, color_scheme=color_scheme, media=media) as page:
-        browser.assert_nothing_sticks_out(page)
-        browser.assert_pictures_are_loaded(page, at_least=2)
-        for selector in ("h1", ".finding li", "th", "figcaption"):
+        browser.assert_nothing_overflows(page)
+        browser.assert_images_are_loaded(page, at_least=2)
+        for selector in ("h1", ".problem li", "th", "figcaption"):
             assert browser.contrast(page, selector) > 4.5, selector
 
 
-def test_markup_in_the_names_of_classes_and_files_is_shown_as_text(chromium, report_page, inspection_page):
+def test_markup_in_names_is_shown_as_text(chromium, report_page, inspection_page):
     with browser.opened(chromium, report_page) as page:
-        shown = page.locator("body").inner_text()
-        for text in (*CLASSES[:3], "shapes & <b>sizes", "not a <picture>", "CPU without <bf16>", '"name".jpg'):
-            assert text in shown
+        text = page.locator("body").inner_text()
+        for name in (*CLASSES[:3], "shapes & <b>sizes", "not a <picture>", "CPU without <bf16>", '"name".jpg'):
+            assert name in text
         assert page.locator("script, body b b, bf16, picture").count() == 0
     with browser.opened(chromium, inspection_page) as page:
-        shown = page.locator("body").inner_text()
-        for text in ("data & <i>more", "<b>bird", '<img src="x">.jpg'):
-            assert text in shown
+        text = page.locator("body").inner_text()
+        for name in ("data & <i>more", "<b>bird", '<img src="x">.jpg'):
+            assert name in text
         assert page.locator("i").count() == 0
 
 
-def test_heat_maps_lie_exactly_over_their_pictures_and_can_be_taken_off(chromium, report_page):
+def test_heat_maps_cover_their_images_and_can_be_hidden(chromium, report_page):
     with browser.opened(chromium, report_page, width=390) as page:
         boxes = page.evaluate(
             """[...document.querySelectorAll('.shot')].map(shot => [...shot.querySelectorAll('img')].map(image => {
@@ -78,11 +78,11 @@ def test_heat_maps_lie_exactly_over_their_pictures_and_can_be_taken_off(chromium
         for image, heat in boxes:
             assert heat == pytest.approx(image, abs=0.02 * image[2])
         assert page.locator(".heat").first.is_visible()
-        page.get_by_label("Show where the network").uncheck()
+        page.get_by_label("Show the Grad-CAM heat maps").uncheck()
         assert not page.locator(".heat").first.is_visible()
 
 
-def test_a_running_job_is_watched_by_leaving_the_page_open(chromium, tmp_path):
+def test_the_page_of_a_running_job_reloads_itself(chromium, tmp_path):
     job_dir = make_job_dir(tmp_path, with_predictions=False, finished=False)
     report.write(str(job_dir), only_page=True)
     with browser.opened(chromium, job_dir / "report" / "index.html") as page:

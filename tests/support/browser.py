@@ -1,6 +1,6 @@
-"""Pages in real headless Chromium: opened, looked over, and what went wrong told. Not a test itself.
+"""Pages in headless Chromium, with checks of loading, layout and contrast.
 
-The fixture `chromium` of conftest.py is the browser. For looking at pages oneself:
+The fixture `chromium` of conftest.py is the browser. To take a screenshot:
 
     with browser.opened(chromium, "page.html", width=390, color_scheme="dark") as page:
         page.screenshot(path="page.png", full_page=True)
@@ -14,23 +14,26 @@ from collections.abc import Iterator
 import pytest
 from playwright import sync_api
 
-# As root, and in a container without user namespaces, Chromium's own sandbox cannot start; the pages are our own.
 ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
-    *("--disable-sync", "--no-first-run"),
+    "--no-sandbox",  # the sandbox does not start as root or in a container without user namespaces
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
 ]
 
 
 @contextlib.contextmanager
 def launched() -> Iterator[sync_api.Browser]:
-    """The Chromium that is installed, with a new empty profile; skips the test, with the reason, where there is none."""
+    """The installed Chromium with an empty profile; skips the test if there is none."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield started
-        started.close()
+        chromium = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
 
 
 @contextlib.contextmanager
@@ -42,44 +45,52 @@ def opened(
     color_scheme: str = "light",
     media: str = "screen",
 ) -> Iterator[sync_api.Page]:
-    """A page in a tab of its own, loaded; `address` is a file or an http:// address.
+    """A page in a new tab, loaded; `address` is a file or an http:// URL.
 
-    When the block ends, fails if the page logged an error or a warning, raised one, or asked for anything elsewhere.
+    When the block ends, fails if the page logged an error or a warning, raised an error, or requested another host.
     """
     url = address if "://" in str(address) else pathlib.Path(address).absolute().as_uri()
-    home, wrong = "/".join(url.split("/")[:3]), []
+    origin, problems = "/".join(url.split("/")[:3]), []
+
+    def on_console(message: sync_api.ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            problems.append(message.text)
+
+    def on_request(request: sync_api.Request) -> None:
+        if not request.url.startswith(("data:", "blob:", origin)):
+            problems.append(request.url)
+
     page = chromium.new_page(viewport={"width": width, "height": 844}, color_scheme=color_scheme)
     try:
         page.emulate_media(media=media, color_scheme=color_scheme)
-        page.on("console", lambda message: message.type in ("error", "warning") and wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("requestfailed", lambda request: wrong.append(f"not loaded: {request.url[:200]}"))
-        page.on(
-            "request", lambda request: request.url.startswith(("data:", "blob:", home)) or wrong.append(request.url)
-        )
+        page.on("console", on_console)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("requestfailed", lambda request: problems.append(f"not loaded: {request.url[:200]}"))
+        page.on("request", on_request)
         page.goto(url)
         yield page
-        assert not wrong
+        assert not problems
     finally:
         page.close()
 
 
-def assert_nothing_sticks_out(page: sync_api.Page) -> None:
-    """Fails if the page is wider than its window, naming the elements that stick out; what scrolls by itself may."""
-    sticking_out = page.evaluate(
+def assert_nothing_overflows(page: sync_api.Page) -> None:
+    """Fails if the page is wider than its window, and names the elements; an element with its own scroll bar may be."""
+    overflowing = page.evaluate(
         """() => {
           const width = document.documentElement.clientWidth;
           if (document.documentElement.scrollWidth <= width) return [];
-          const wide = [...document.body.querySelectorAll("*")].filter(e => e.getBoundingClientRect().right > width + 1);
-          return wide.map(e => `${e.tagName} ${e.className} ${e.getBoundingClientRect().right}: ${e.textContent.slice(0, 40)}`);
+          const elements = [...document.body.querySelectorAll("*")];
+          const wide = elements.filter(e => e.getBoundingClientRect().right > width + 1);
+          return wide.map(e => [e.tagName, e.className, e.getBoundingClientRect().right, e.textContent.slice(0, 40)]);
         }"""
     )
-    assert not sticking_out
+    assert not overflowing
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
-def assert_pictures_are_loaded(page: sync_api.Page, *, at_least: int) -> None:
-    """Fails if one of the page's pictures has no pixels, or there are fewer than `at_least`."""
+def assert_images_are_loaded(page: sync_api.Page, *, at_least: int) -> None:
+    """Fails if an image of the page has no pixels, or the page has fewer than `at_least` images."""
     page.evaluate("Promise.allSettled([...document.images].map(image => image.decode()))")
     images = page.evaluate("[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 0])")
     assert [name for name, is_loaded in images if not is_loaded] == []
@@ -87,11 +98,11 @@ def assert_pictures_are_loaded(page: sync_api.Page, *, at_least: int) -> None:
 
 
 def contrast(page: sync_api.Page, selector: str) -> float:
-    """The contrast of an element's text to what lies behind it, 1 to 21, as WCAG 2 defines it; 4.5 can be read."""
+    """The contrast ratio of an element's text to its background, 1 to 21; WCAG 2 requires 4.5."""
     return page.evaluate(
         """selector => {
           const element = document.querySelector(selector);
-          const rgb = text => {  // "rgb(1, 2, 3)", or "color(srgb .1 .2 .3 / 1)" where colours are mixed
+          const rgb = text => {  // "rgb(1, 2, 3)", or "color(srgb .1 .2 .3 / 1)" where colors are mixed
             const numbers = text.match(/[\\d.]+/g).map(Number);
             return text.startsWith("color") ? numbers.map((v, i) => i < 3 ? 255 * v : v) : numbers;
           };

@@ -1,0 +1,1 @@
+"""The files in a job_dir, and the metrics that they hold."""

@@ -1,6 +1,6 @@
 """The files and folders in a job_dir: their names, their columns, and how they are written. Each file is atomic.
 
-No other module spells a name in a job_dir. Imports no Keras, so that a command can look into a job_dir at once.
+No other module spells a name in a job_dir. Imports no Keras, so that a command reads a job_dir without delay.
 Shapes: N images, C classes.
 """
 
@@ -58,12 +58,12 @@ class JobDir:
 
     @property
     def config(self) -> str:
-        """Every flag, what `auto` became, the package versions. Marks a run that began."""
+        """Every flag, the values that `auto` resolved to, the package versions. Exists once a run has started."""
         return self._path("config.json")
 
     @property
     def split(self) -> str:
-        """Path, label, side and content hash of each image."""
+        """Path, label, split and content hash of each image."""
         return self._path("split.csv")
 
     @property
@@ -73,7 +73,7 @@ class JobDir:
 
     @property
     def bad_files(self) -> str:
-        """Path and reason of each file that was left out."""
+        """Path and reason of each file that was skipped."""
         return self._path("bad_files.csv")
 
     @property
@@ -83,12 +83,12 @@ class JobDir:
 
     @property
     def time(self) -> str:
-        """Where the time of each epoch went: TIME_COLUMNS."""
+        """The seconds of each epoch by activity: TIME_COLUMNS."""
         return self._path("time.csv")
 
     @property
     def predictions(self) -> str:
-        """What the best weights predict for each validation image: PREDICTION_COLUMNS."""
+        """The prediction of the best weights for each validation image: PREDICTION_COLUMNS."""
         return self._path("predictions.csv")
 
     @property
@@ -108,7 +108,7 @@ class JobDir:
 
     @property
     def checkpoints(self) -> str:
-        """Folder of all that a resume needs: checkpoints, features, the lock."""
+        """Folder of the files that a resume needs: checkpoints, features, the lock."""
         return self._path("checkpoints")
 
     @property
@@ -146,6 +146,11 @@ class JobDir:
         """Folder of the demo set, which a run without --data_dir draws."""
         return self._path("demo_pictures")
 
+    @property
+    def comparison(self) -> str:
+        """The comparison of several models; only in a report_dir of trainer.evaluate."""
+        return self._path("comparison.json")
+
     def checkpoint(self, number: int) -> str:
         """The checkpoint of that number."""
         return files.join(self.checkpoints, f"{number:06d}.npz")
@@ -164,12 +169,12 @@ class JobDir:
         return files.exists(self.best_weights) or files.exists(self.metrics)
 
     def remove_partial_files(self) -> None:
-        """Deletes what killed writers left. Only the process that holds the lock may call it."""
+        """Deletes the partial files of killed processes. Only the process that holds the lock may call it."""
         for directory in (self.root, self.checkpoints, self.report):
             files.remove_partial_files(directory)
 
     def read_config(self) -> dict[str, Any] | None:
-        """The value in config.json, None where no run began."""
+        """The value in config.json, None if no run has started."""
         return files.read_json(self.config)
 
     def write_config(self, value: dict[str, Any]) -> None:
@@ -177,7 +182,7 @@ class JobDir:
         files.write_json(self.config, value)
 
     def read_metrics(self) -> dict[str, Any] | None:
-        """The value in metrics.json, None for a run that is not finished."""
+        """The value in metrics.json, None if no run has finished."""
         return files.read_json(self.metrics)
 
     def write_metrics(self, value: dict[str, Any]) -> None:
@@ -214,19 +219,19 @@ class JobDir:
         files.atomic_write(self.time, _csv_text(TIME_COLUMNS, values))
 
     def write_predictions(self, examples: Examples, probabilities: np.ndarray, class_names: tuple[str, ...]) -> None:
-        """Writes predictions.csv, one row per labelled image; `probabilities` float32 [N, C]."""
+        """Writes predictions.csv, one row per labeled image; `probabilities` float32 [N, C]."""
         predicted, confidence = top_class(probabilities)
-        of_label = probabilities[np.arange(len(examples)), examples.labels]
+        label_probability = probabilities[np.arange(len(examples)), examples.labels]
         rows = [
-            (path, class_names[label], class_names[guess], f"{top:.6g}", f"{own:.6g}")
-            for path, label, guess, top, own in zip(
-                examples.paths, examples.labels, predicted, confidence, of_label, strict=True
+            (path, class_names[label], class_names[prediction], f"{top:.6g}", f"{of_label:.6g}")
+            for path, label, prediction, top, of_label in zip(
+                examples.paths, examples.labels, predicted, confidence, label_probability, strict=True
             )
         ]
         files.atomic_write(self.predictions, _csv_text(PREDICTION_COLUMNS, rows))
 
     def write_heatmaps(self, epoch: int | None, heatmaps: dict[str, np.ndarray]) -> None:
-        """Writes gradcam.json: heat maps uint8 [h, w] by image path, of the network after `epoch` (None: an evaluation)."""
+        """Writes gradcam.json: heat maps uint8 [h, w] by image path, of the network after `epoch`, if it is known."""
         values = {"epoch": epoch, "maps": {path: heatmap.tolist() for path, heatmap in heatmaps.items()}}
         files.atomic_write(self.heatmaps, json.dumps(values, ensure_ascii=False) + "\n")
 

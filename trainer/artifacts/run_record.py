@@ -1,18 +1,18 @@
-"""What the files in a job_dir say of a run: read once, for the report and the model card.
+"""The record of a run: the files in its job_dir, read once, for the report and the model card.
 
-Shapes: K classes, [h, w] a heat map.
+Shapes: C classes, [h, w] a heat map.
 """
 
 import collections
 import csv
+import dataclasses
 import functools
 import io
-import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from trainer.artifacts.job_dir import JobDir
 from trainer.artifacts.metrics import (
     ClassificationMetrics,
     classification_metrics,
@@ -23,28 +23,24 @@ from trainer.errors import UserError
 from trainer.storage import files
 
 _MAX_MISTAKES = 24
-
-
 _MAX_UNCERTAIN = 12
-
-
 _MAX_PAIRS = 12
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """The files of a job_dir; what the run has not written yet is empty."""
+    """The contents of a job_dir. A file that does not exist yet is empty."""
 
     job_dir: str
     config: dict[str, Any]
-    labels: list[str]
+    class_names: list[str]
     split: list[dict[str, str]]
     bad_files: list[dict[str, str]]
     history: list[dict[str, Any]]
-    predictions: list[dict[str, Any]]  # with `correct`
-    metrics: dict[str, Any]
-    time: list[dict[str, Any]]  # seconds of each epoch by what they went to
-    explained: dict[str, Any]  # `epoch` and `maps`: picture -> [h][w] of 0..255
+    times: list[dict[str, Any]]  # rows of time.csv
+    predictions: list[dict[str, Any]]  # rows of predictions.csv with `correct`
+    metrics: dict[str, Any]  # metrics.json
+    heatmaps: dict[str, Any]  # gradcam.json: `epoch`, and `maps` from image path to [h][w] of 0..255
 
     @functools.cached_property
     def flags(self) -> dict[str, Any]:
@@ -53,153 +49,173 @@ class RunRecord:
 
     @functools.cached_property
     def training_rows(self) -> list[dict[str, str]]:
-        """Those of split.csv that are trained on, in its order."""
+        """The rows of split.csv that are trained on, in its order."""
         return [row for row in self.split if row["split"] != "validation"]
 
     @functools.cached_property
-    def training(self) -> collections.Counter:
-        """Training pictures of each class."""
+    def training_counts(self) -> collections.Counter:
+        """Number of training images by class name."""
         return collections.Counter(row["label"] for row in self.training_rows)
 
     @functools.cached_property
     def num_validation(self) -> int:
-        """Validation pictures; of an evaluation, those that were judged."""
+        """Number of validation images; of an evaluation, of evaluated images."""
         return len(self.split) - len(self.training_rows) or len(self.predictions)
 
     @functools.cached_property
     def is_evaluation(self) -> bool:
-        """Whether this is what trainer.evaluate leaves, without a training."""
+        """Whether these are the files of trainer.evaluate, without a training run."""
         return bool(self.predictions) and not self.split and not self.history
 
     @functools.cached_property
     def is_running(self) -> bool:
-        """Whether the run has not come to its end yet."""
+        """Whether the run is not finished."""
         return not self.metrics and not self.is_evaluation
 
     @functools.cached_property
-    def best(self) -> dict[str, Any]:
-        """The row of history that the marks point at: of the best weights, {} before the first epoch."""
-        of_metrics = [row for row in self.history if row["epoch"] == self.metrics.get("best_epoch")]
-        first_best = max(self.history, key=lambda row: row["val_accuracy"], default={})  # the first of equals
-        return of_metrics[0] if of_metrics else first_best
+    def best_row(self) -> dict[str, Any]:
+        """The row of history.csv of the best weights; {} before the first epoch."""
+        recorded = [row for row in self.history if row["epoch"] == self.metrics.get("best_epoch")]
+        first_best = max(self.history, key=lambda row: row["val_accuracy"], default={})  # the first of equal rows
+        return recorded[0] if recorded else first_best
 
     @functools.cached_property
     def model_dir(self) -> str:
-        """Where the SavedModel is, or will be."""
-        return self.flags.get("model_dir") or os.path.join(self.job_dir, "saved_model")
+        """The folder of the SavedModel, which may not exist yet."""
+        return self.flags.get("model_dir") or JobDir(self.job_dir).saved_model
 
     @functools.cached_property
-    def scores(self) -> ClassificationMetrics | None:
-        """Of the predictions, if there are any. Raises UserError if they are of other classes."""
+    def classification(self) -> ClassificationMetrics | None:
+        """The metrics of the predictions, None without predictions. Raises UserError if their classes differ."""
         if not self.predictions:
             return None
-        ids = {name: index for index, name in enumerate(self.labels)}
-        unknown = {row[name] for row in self.predictions for name in ("label", "predicted")} - set(ids)
+        ids = {name: index for index, name in enumerate(self.class_names)}
+        unknown = {row[column] for row in self.predictions for column in ("label", "predicted")} - set(ids)
         if unknown:
             raise UserError(
-                f"predictions.csv has the class {min(unknown)!r}, labels.txt has not: restore both from one run."
+                f"{JobDir(self.job_dir).predictions} has the class {min(unknown)!r}, which is not in labels.txt: "
+                "restore both files from one run."
             )
-        labels, predicted = ([ids[row[name]] for row in self.predictions] for name in ("label", "predicted"))
+        labels, predicted = ([ids[row[column]] for row in self.predictions] for column in ("label", "predicted"))
         return classification_metrics(labels, predicted, len(ids))
 
     @functools.cached_property
-    def answers(self) -> tuple[list[float], list[bool]]:
-        """Of each prediction its probability, and whether it was right."""
-        return [row["probability"] for row in self.predictions], [row["correct"] for row in self.predictions]
+    def top_probabilities(self) -> list[float]:
+        """The probability of the predicted class, one per prediction."""
+        return [row["probability"] for row in self.predictions]
+
+    @functools.cached_property
+    def is_correct(self) -> list[bool]:
+        """Whether the predicted class is the label, one per prediction."""
+        return [row["correct"] for row in self.predictions]
 
     @functools.cached_property
     def calibration_error(self) -> float:
         """Expected calibration error of the predictions."""
-        return expected_calibration_error(*self.answers)
+        return expected_calibration_error(self.top_probabilities, self.is_correct)
 
     @functools.cached_property
-    def verdict(self) -> dict[str, Any]:
-        """Accuracy and its 95 % interval: of predictions.csv, before there is one of the best epoch so far."""
+    def accuracy_estimate(self) -> dict[str, Any]:
+        """Correct, total, accuracy and its 95 % interval, of predictions.csv or else the best epoch; {} before both."""
         total = len(self.predictions) or (self.num_validation if self.history else 0)
         if not total:
             return {}
-        correct = sum(self.answers[1]) if self.predictions else round(self.best["val_accuracy"] * total)
+        correct = sum(self.is_correct) if self.predictions else round(self.best_row["val_accuracy"] * total)
         low, high = wilson_interval(correct, total)
         return {"correct": correct, "total": total, "accuracy": correct / total, "low": low, "high": high}
 
     @functools.cached_property
     def mistakes(self) -> list[dict[str, Any]]:
-        """The predictions that were wrong, the surest first, as many as are shown."""
+        """The first wrong predictions, most confident first."""
         wrong = (row for row in self.predictions if not row["correct"])
         return sorted(wrong, key=lambda row: -row["probability"])[:_MAX_MISTAKES]
 
     @functools.cached_property
     def uncertain(self) -> list[dict[str, Any]]:
-        """The predictions of the lowest probability, as many as are shown."""
+        """The first predictions, lowest probability first."""
         return sorted(self.predictions, key=lambda row: row["probability"])[:_MAX_UNCERTAIN]
 
     @functools.cached_property
     def shown_paths(self) -> list[str]:
-        """The pictures that a report shows, each once."""
+        """The paths of the images that the report shows, each once."""
         return list(dict.fromkeys(row["path"] for row in self.mistakes + self.uncertain))
 
     def heatmap(self, path: str) -> np.ndarray | None:
-        """Where the network looked in that picture: uint8 [h, w]; None if that was not computed of these predictions."""
-        if path not in self.explained.get("maps", {}) or self.explained["epoch"] != self.best.get("epoch"):
+        """The heat map of an image, uint8 [h, w]; None if gradcam.json has none, or is of another epoch."""
+        if path not in self.heatmaps.get("maps", {}) or self.heatmaps["epoch"] != self.best_row.get("epoch"):
             return None
-        return np.array(self.explained["maps"][path], np.uint8)
+        return np.array(self.heatmaps["maps"][path], np.uint8)
 
     @functools.cached_property
-    def most_common(self) -> int:
-        """The class of most validation pictures, where there are predictions."""
-        scores = self.scores
-        assert scores
-        return max(range(len(self.labels)), key=lambda k: scores.per_class[k]["support"] or 0)
+    def most_common_label(self) -> int:
+        """The class id with the most validation images. Needs predictions."""
+        classification = self.classification
+        assert classification
+        return max(range(len(self.class_names)), key=lambda c: classification.per_class[c]["support"] or 0)
 
     @functools.cached_property
     def confused_pairs(self) -> list[dict[str, Any]]:
-        """Which class is most often taken for which, where there are predictions."""
-        assert self.scores
-        confusion = self.scores.confusion
+        """The pairs of label and wrong prediction with the most images, largest first. Needs predictions."""
+        assert self.classification
+        confusion = self.classification.confusion
         wrong = confusion - np.diag(confusion.diagonal())
         order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS]
         pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
         return [
-            {"label": self.labels[i], "predicted": self.labels[j], "count": int(wrong[i, j]), "of": confusion[i].sum()}
+            {
+                "label": self.class_names[i],
+                "predicted": self.class_names[j],
+                "count": int(wrong[i, j]),
+                "of": confusion[i].sum(),
+            }
             for i, j in pairs
             if wrong[i, j]
         ]
 
 
 def read(job_dir: str) -> RunRecord:
-    """The files of a run, finished or not, or of trainer.evaluate. Raises UserError if there is no run."""
-    config = files.read_json(os.path.join(job_dir, "config.json"))
+    """The record of a run, finished or not, or of trainer.evaluate. Raises UserError if there is no run."""
+    paths = JobDir(job_dir)
+    config = paths.read_config()
     if config is None:
         raise UserError(f"{job_dir} has no config.json: pass the --job_dir of a run of trainer.task.")
-    split, bad_files, history, predictions, time = (
-        _read_csv(os.path.join(job_dir, f"{name}.csv"))
-        for name in ("split", "bad_files", "history", "predictions", "time")
-    )
-    for row in [*history, *time]:
-        row |= {name: float(value or "nan") for name, value in row.items() if name != "stage"}
-        row["epoch"] = int(row["epoch"])
-    for row in predictions:
-        row |= {name: float(row[name]) for name in ("probability", "label_probability")}
-        row["correct"] = row["label"] == row["predicted"]
-    metrics = files.read_json(os.path.join(job_dir, "metrics.json")) or {}
+    metrics = paths.read_metrics() or {}
     planned = [config["flags"].get("head_epochs"), config["flags"].get("epochs")]
-    if metrics.get("epochs", planned) != planned:  # of a run that was finished and is now going on with more epochs
+    if metrics.get("epochs", planned) != planned:  # a finished run that resumes with more epochs
         metrics = {}
     return RunRecord(
-        job_dir,
-        config,
-        [name for name in _read_text(os.path.join(job_dir, "labels.txt")).split("\n") if name],
-        *(split, bad_files, history, predictions),
-        metrics,
-        time,
-        files.read_json(os.path.join(job_dir, "gradcam.json")) or {},
+        job_dir=job_dir,
+        config=config,
+        class_names=[name for name in _read_text(paths.labels).split("\n") if name],
+        split=_read_csv(paths.split),
+        bad_files=_read_csv(paths.bad_files),
+        history=[_epoch_row(row) for row in _read_csv(paths.history)],
+        times=[_epoch_row(row) for row in _read_csv(paths.time)],
+        predictions=[_prediction_row(row) for row in _read_csv(paths.predictions)],
+        metrics=metrics,
+        heatmaps=files.read_json(paths.heatmaps) or {},
     )
 
 
-def _read_csv(path: str) -> list[dict[str, Any]]:
+def _epoch_row(row: dict[str, str]) -> dict[str, Any]:
+    """A row of history.csv or time.csv with numbers; an empty cell is NaN."""
+    values: dict[str, Any] = {name: value if name == "stage" else float(value or "nan") for name, value in row.items()}
+    values["epoch"] = int(values["epoch"])
+    return values
+
+
+def _prediction_row(row: dict[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = dict(row)
+    values["probability"] = float(row["probability"])
+    values["label_probability"] = float(row["label_probability"])
+    values["correct"] = row["label"] == row["predicted"]
+    return values
+
+
+def _read_csv(path: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
 
 
 def _read_text(path: str) -> str:
-    """The file's text, or "" where the run has not written it yet."""
+    """The text of the file, "" if it does not exist yet."""
     return (files.read(path) or b"").decode("utf-8", errors="replace")

@@ -1,0 +1,1 @@
+"""What a person reads: the plan, the report and its plots, TensorBoard and the model card."""

@@ -1,59 +1,70 @@
-"""Several models on the same pictures, side by side: which is better, and whether the pictures can tell.
+"""Comparison of several models on the same images: accuracy, calibration and paired tests.
 
-Reads what trainer.evaluate left of each model; N pictures that all of them could read.
+Reads the files that trainer.evaluate wrote for each model. Images that any of the models cannot read are left out.
 """
 
+import dataclasses
 import itertools
-import os
 from typing import Any
 
 from trainer.artifacts import run_record
+from trainer.artifacts.job_dir import PAGE_NAME, JobDir
 from trainer.artifacts.metrics import holm_correction, mcnemar_test, wilson_interval
 from trainer.artifacts.run_record import RunRecord
 from trainer.reporting import html, thumbnails
 from trainer.storage import files
 
-SIGNIFICANT = 0.05
-
-
+SIGNIFICANCE_LEVEL = 0.05
 _MAX_SHOWN = 24
 
 
 def write(report_dir: str, folders: list[str]) -> dict[str, Any]:
-    """Writes comparison.json and index.html into `report_dir`, of the evaluations in its `folders`; returns the former.
+    """Compares the evaluations in `folders`, names in `report_dir`; writes comparison.json and index.html there.
 
-    Pictures that one of the models could not read are left out of the comparison, not of that model's own report.
+    Returns the value in comparison.json.
     """
-    runs = [run_record.read(os.path.join(report_dir, folder)) for folder in folders]
-    answers = [{row["path"]: row for row in run.predictions} for run in runs]
-    paths = [path for path in answers[0] if all(path in others for others in answers)]
-    correct = [[of_model[path]["correct"] for path in paths] for of_model in answers]
-    models = [_model(run, folder, right) for run, folder, right in zip(runs, folders, correct, strict=True)]
-    pairs = []
-    for (i, first), (j, second) in itertools.combinations(enumerate(correct), 2):
-        pairs.append({"first": i, "second": j, **mcnemar_test(first, second)._asdict()})
-    for pair, p_value in zip(pairs, holm_correction([pair["p_value"] for pair in pairs]), strict=True):
-        pair |= {"p_value_holm": p_value, "is_significant": p_value < SIGNIFICANT}
-    result = {"images": len(paths), "models": models, "pairs": pairs}
-    files.write_json(os.path.join(report_dir, "comparison.json"), result)
-    differing = [path for path, right in zip(paths, zip(*correct, strict=True), strict=True) if len(set(right)) > 1]
-    shown = thumbnails.with_images(runs[0], [answers[0][path] for path in differing[:_MAX_SHOWN]])
-    text = html.render(
+    runs = [run_record.read(files.join(report_dir, folder)) for folder in folders]
+    predictions = [{row["path"]: row for row in run.predictions} for run in runs]
+    paths = [path for path in predictions[0] if all(path in by_path for by_path in predictions)]
+    correct = [[by_path[path]["correct"] for path in paths] for by_path in predictions]
+    models = [_model(run, folder, values) for run, folder, values in zip(runs, folders, correct, strict=True)]
+    result = {"images": len(paths), "models": models, "pairs": _pairs(correct)}
+    files.write_json(JobDir(report_dir).comparison, result)
+    differing = [path for path, values in zip(paths, zip(*correct, strict=True), strict=True) if len(set(values)) > 1]
+    shown = thumbnails.with_images(runs[0], [predictions[0][path] for path in differing[:_MAX_SHOWN]])
+    page = html.render(
         "comparison.html",
         data_dir=runs[0].flags["data_dir"],
         **result,
         num_differing=len(differing),
-        shown=[(row, [of_model[row["path"]] for of_model in answers]) for row in shown],
+        shown=[(row, [by_path[row["path"]] for by_path in predictions]) for row in shown],
     )
-    files.atomic_write(os.path.join(report_dir, "index.html"), text)
+    files.atomic_write(files.join(report_dir, PAGE_NAME), page)
     return result
 
 
 def _model(run: RunRecord, folder: str, correct: list[bool]) -> dict[str, Any]:
     low, high = wilson_interval(sum(correct), len(correct))
-    assert run.scores  # an evaluation has predictions
+    assert run.classification  # an evaluation has predictions
     return {
-        **{"model_dir": run.flags["model_dir"], "folder": folder, "correct": sum(correct)},
-        **{"accuracy": sum(correct) / len(correct), "low": low, "high": high},
-        **{"balanced_accuracy": run.scores.balanced_accuracy, "calibration_error": run.calibration_error},
+        "model_dir": run.flags["model_dir"],
+        "folder": folder,
+        "correct": sum(correct),
+        "accuracy": sum(correct) / len(correct),
+        "low": low,
+        "high": high,
+        "balanced_accuracy": run.classification.balanced_accuracy,
+        "calibration_error": run.calibration_error,
     }
+
+
+def _pairs(correct: list[list[bool]]) -> list[dict[str, Any]]:
+    """Each pair of models, by index, with McNemar's test and its p value corrected for the number of pairs."""
+    pairs: list[dict[str, Any]] = [
+        {"first": i, "second": j, **dataclasses.asdict(mcnemar_test(first, second))}
+        for (i, first), (j, second) in itertools.combinations(enumerate(correct), 2)
+    ]
+    for pair, p_value in zip(pairs, holm_correction([pair["p_value"] for pair in pairs]), strict=True):
+        pair["p_value_holm"] = p_value
+        pair["is_significant"] = p_value < SIGNIFICANCE_LEVEL
+    return pairs

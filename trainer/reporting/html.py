@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves: templates of this folder, filled in, and pictures inside them."""
+"""Self-contained HTML pages: Jinja templates with their images inside."""
 
 import base64
 import os
@@ -7,11 +7,13 @@ import jinja2
 
 from trainer import formatting
 
+_TEMPLATES = os.path.join(os.path.dirname(__file__), "templates")
+
 
 def render(template: str, **values: object) -> str:
-    """The template of that name in this folder; what is put into a page is shown as text, a missing value is an error."""
+    """The template of that name, filled in. HTML escapes the values; a missing value raises UndefinedError."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(os.path.join(os.path.dirname(__file__), "templates")),
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=template.endswith(".html"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -23,5 +25,5 @@ def render(template: str, **values: object) -> str:
 
 
 def data_uri(contents: bytes, kind: str) -> str:
-    """The bytes of a picture as an address; `kind` is png or jpeg."""
+    """The bytes of an image as a data URI; `kind` is png or jpeg."""
     return f"data:image/{kind};base64," + base64.b64encode(contents).decode("ascii")

@@ -1,4 +1,4 @@
-"""What a person can watch while a job runs, and what is left when it ends: the report, TensorBoard, the model card."""
+"""The report, TensorBoard logs and model card of a run, updated while it trains and completed when it ends."""
 
 import time
 from typing import Any
@@ -9,19 +9,19 @@ from trainer.reporting import model_card, plots, report
 from trainer.reporting.tensorboard import TensorBoard
 from trainer.storage import files
 
-# Drawing the page takes about a second: too long after each epoch of a head that takes less than one.
+# Drawing the page takes about a second, an epoch of the head less: not every epoch draws it.
 MAX_TIME_SHARE = 0.05
 
 
 class ReportWriter:
-    """Writes the report and the TensorBoard logs from the files in job_dir; on the chief only."""
+    """Writes the report and the TensorBoard logs from the files in job_dir. Only the chief has one."""
 
     def __init__(self, job_dir: str, board: TensorBoard):
         self._job_dir, self._board = job_dir, board
         self._next_page_at = -float("inf")
 
     def after_epoch(self, row: dict[str, Any], times: dict[str, Any]) -> None:
-        """Adds an epoch's rows of history.csv and time.csv; draws the page unless that takes over 5 % of the time."""
+        """Logs an epoch's rows of history.csv and time.csv; draws the page unless that exceeds MAX_TIME_SHARE."""
         self._board.write({**times, **row})
         started = time.monotonic()
         if started >= self._next_page_at:
@@ -31,17 +31,17 @@ class ReportWriter:
             self._next_page_at = ended + (ended - started) / MAX_TIME_SHARE
 
     def finish(self) -> None:
-        """Writes everything of a finished run; metrics.json has been written before."""
+        """Completes the logs, the report and the model card; metrics.json must exist."""
         self._write_confusion_matrix()
         self._board.finish()
         write_all(self._job_dir)
 
     def _write_confusion_matrix(self) -> None:
         run = run_record.read(self._job_dir)
-        assert run.scores  # an epoch is complete, so there are predictions
+        assert run.classification  # after an epoch there are predictions
         with plots.style():
-            png = plots.png(plots.confusion_matrix(run.labels, run.scores))
-        self._board.write_image("confusion_matrix", png, epoch=run.best["epoch"])
+            png = plots.png(plots.confusion_matrix(run.class_names, run.classification))
+        self._board.write_image("confusion_matrix", png, epoch=run.best_row["epoch"])
 
 
 def write_all(job_dir: str) -> None:
@@ -51,6 +51,6 @@ def write_all(job_dir: str) -> None:
 
 
 def write_missing(job_dir: str) -> None:
-    """Writes what a run that was killed at its very end did not write."""
+    """Writes the report and the model card if the run was killed before it wrote them."""
     if not files.exists(JobDir(job_dir).model_card):
         write_all(job_dir)

@@ -1,13 +1,14 @@
-"""The model card of a run (Mitchell et al., 2019, arXiv:1810.03993): what was measured, and what only people can say.
+"""The model card of a run (Mitchell et al., 2019, arXiv:1810.03993): what was measured, and fields for people.
 
-Written to job_dir/model_card.md from the files there; fields that nothing here can know are left to fill in.
+Written from the files in job_dir. Fields that no file answers are marked TO FILL IN.
 """
 
-import os
+from typing import Any
 
 from absl import logging
 
 from trainer.artifacts import run_record
+from trainer.artifacts.job_dir import JobDir
 from trainer.artifacts.metrics import wilson_interval
 from trainer.artifacts.run_record import RunRecord
 from trainer.reporting import html
@@ -17,28 +18,34 @@ TO_FILL_IN = "**TO FILL IN**"
 
 
 def write(job_dir: str) -> None:
-    """Writes model_card.md of a finished run; one in which people have filled fields in is left as it is."""
-    path = os.path.join(job_dir, "model_card.md")
+    """Writes model_card.md of a finished run. Keeps a card in which somebody has filled in a field."""
+    path = JobDir(job_dir).model_card
     text = _text(run_record.read(job_dir))
-    before = files.read(path)
-    if before and before.decode("utf-8", errors="replace").count(TO_FILL_IN) < text.count(TO_FILL_IN):
-        logging.warning("%s has been filled in and is left as it is; rename it to have it written anew.", path)
+    existing = files.read(path)
+    if existing and existing.decode("utf-8", errors="replace").count(TO_FILL_IN) < text.count(TO_FILL_IN):
+        logging.warning("%s has been filled in and is kept; rename it to write a new one.", path)
         return
     files.atomic_write(path, text)
 
 
 def _text(run: RunRecord) -> str:
-    rows = []
-    assert run.scores  # it is written of finished runs
-    for name, scores in zip(run.labels, run.scores.per_class, strict=True):
-        support = int(scores["support"] or 0)
-        found = round((scores["recall"] or 0) * support)
-        interval = wilson_interval(found, support) if support else None
-        rows.append({"name": _plain(name), "training": run.training[name], "recall_interval": interval, **scores})
     changed = {name: value for name, value in run.flags.items() if run.config["defaults"].get(name) != value}
-    return html.render("model_card.md", run=run, classes=rows, changed=changed, plain=_plain)
+    return html.render("model_card.md", run=run, classes=_class_rows(run), changed=changed, plain=_escaped)
 
 
-def _plain(text: str) -> str:
-    """A name as Markdown shows it unchanged, whatever is in it."""
+def _class_rows(run: RunRecord) -> list[dict[str, Any]]:
+    assert run.classification  # a finished run has predictions
+    rows = []
+    for name, metrics in zip(run.class_names, run.classification.per_class, strict=True):
+        support = int(metrics["support"] or 0)
+        correct = round((metrics["recall"] or 0) * support)
+        interval = wilson_interval(correct, support) if support else None
+        rows.append(
+            {"name": _escaped(name), "training": run.training_counts[name], "recall_interval": interval, **metrics}
+        )
+    return rows
+
+
+def _escaped(text: str) -> str:
+    """A name as Markdown that shows it unchanged."""
     return "".join(f"\\{letter}" if letter in "\\`*_[]<>#|~$&" else letter for letter in text)

@@ -1,6 +1,7 @@
-"""What TensorBoard shows of a run: scalars of each epoch, the confusion matrix, the flags as text and as HParams."""
+"""TensorBoard logs of a run: scalars of each epoch, the confusion matrix, the flags as text and as HParams."""
 
 import tempfile
+from typing import Any
 
 import tensorflow as tf
 from tensorboard.plugins.hparams import api as hparams
@@ -10,17 +11,17 @@ from tensorboard.plugins.hparams import summary as hparams_summary
 from trainer.config import HYPERPARAMETERS
 from trainer.storage import files
 
-METRICS = ("val_accuracy", "val_loss")  # by which the HParams tab compares runs
+METRICS = ("val_accuracy", "val_loss")  # shown in the HParams tab
 
 
 class TensorBoard:
-    """Writes event files below a folder; `settings` are the flags of the run.
+    """Writes event files to a folder, local or gs://; `settings` are the flags of the run.
 
-    Of a gs:// folder they are local files first, copied after each epoch: TensorFlow's own writing to a bucket is not
-    tried again when it fails. Every method raises OSError if they cannot be.
+    The files of a gs:// folder are written locally and uploaded after each epoch, because TensorFlow does not retry
+    failed writes to a bucket. Every method raises OSError if a file cannot be written.
     """
 
-    def __init__(self, directory: str, settings: dict):
+    def __init__(self, directory: str, settings: dict[str, Any]):
         self._directory = directory
         self._sizes: dict[str, int] = {}
         self._temporary = tempfile.TemporaryDirectory() if files.is_remote(directory) else None
@@ -35,8 +36,8 @@ class TensorBoard:
             hparams.hparams(recipe)
         self._publish()
 
-    def write(self, row: dict) -> None:
-        """The numbers of a row of history.csv or time.csv; the epoch is the step."""
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes the numbers in a row of history.csv or time.csv as scalars; the epoch is the step."""
         with self._writer.as_default():
             for name, value in row.items():
                 if name not in ("epoch", "stage"):
@@ -45,13 +46,13 @@ class TensorBoard:
         self._publish()
 
     def write_image(self, name: str, png: bytes, *, epoch: int) -> None:
-        """A PNG as it was at that epoch."""
+        """Writes a PNG as the image of that epoch."""
         with self._writer.as_default():
             tf.summary.image(name, tf.io.decode_png(png, channels=3)[None], step=epoch)
         self._publish()
 
     def finish(self) -> None:
-        """Tells that the run came to its end, and closes the file."""
+        """Marks the run as successful and closes the file."""
         with self._writer.as_default():
             end = hparams_summary.session_end_pb(api_pb2.STATUS_SUCCESS)
             tf.summary.experimental.write_raw_pb(tf.compat.v1.Summary(value=end.value).SerializeToString(), step=0)
@@ -65,5 +66,5 @@ class TensorBoard:
 
 
 def _cell(value: object) -> str:
-    """A value as a cell of a Markdown table."""
+    """A value as the cell of a Markdown table."""
     return f"`{value}`".replace("|", "\\|") if value != "" else ""

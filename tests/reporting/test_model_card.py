@@ -1,0 +1,35 @@
+"""The model card has what was measured, and keeps what people filled in."""
+
+import pathlib
+
+import pytest
+
+from tests.support.written_job import make_job_dir
+from trainer.artifacts.job_dir import JobDir
+from trainer.reporting import model_card
+
+
+@pytest.fixture
+def job_dir(tmp_path):
+    return str(make_job_dir(tmp_path))
+
+
+def test_the_card_has_the_metrics_and_fields_to_fill_in(job_dir):
+    model_card.write(job_dir)
+    card = pathlib.Path(JobDir(job_dir).model_card).read_text()
+    assert "16 training images, 8 validation images, 1 unreadable files skipped" in card
+    assert "| accuracy | 75.00\u00a0% | 40.9\u00a0% to 92.9\u00a0% |" in card
+    assert r"| \<script\>alert(1)\< | 4 | 2 |" in card
+    assert "cost 0.08 at 3.5 per machine and hour" in card
+    assert "`--batch_size=24`" in card
+    assert "license of the model" in card
+    assert card.count(model_card.TO_FILL_IN) >= 6
+
+
+def test_a_card_that_was_filled_in_is_not_overwritten(job_dir):
+    model_card.write(job_dir)
+    path = pathlib.Path(JobDir(job_dir).model_card)
+    filled_in = path.read_text().replace(model_card.TO_FILL_IN + " license of the model", "Apache-2.0; ")
+    path.write_text(filled_in)
+    model_card.write(job_dir)
+    assert path.read_text() == filled_in

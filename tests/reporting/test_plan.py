@@ -1,0 +1,58 @@
+"""The plan of a dry run describes the run that would start."""
+
+import numpy as np
+
+from trainer.config import Config
+from trainer.data.dataset import Examples, Folder, Split
+from trainer.data.listing import BadFile
+from trainer.reporting import plan
+
+RESOLVED = {
+    "split": "0.2 of each class",
+    "replicas": 2,
+    "workers": 1,
+    "devices": ["GPU:0", "GPU:1"],
+    "xla": False,
+    "precision": "mixed_float16",
+    "precision_reason": "GPU with float16 units",
+}
+
+
+def describe(num_classes=2, **settings):
+    labels = np.repeat(np.arange(num_classes, dtype=np.int32), 10)
+    paths = np.array([f"{index}.jpg" for index in range(len(labels))], object)
+    examples = Examples(paths=paths, labels=labels, hashes=paths)
+    is_validation = np.arange(len(labels)) % 5 == 0
+    folder = Folder(
+        class_names=tuple(f"class {index}" for index in range(num_classes)),
+        examples=examples,
+        bad_files=(BadFile("0/empty.jpg", "empty"),),
+    )
+    split = Split(training=examples.take(~is_validation), validation=examples.take(is_validation))
+    return plan.describe(Config(data_dir="images", job_dir="job", **settings), folder, split, RESOLVED)
+
+
+def test_the_plan_has_images_steps_parameters_devices_and_flags():
+    text = describe(batch_size=6, epochs=2, learning_rate=0.001)
+    for part in (
+        "16 to train on, 4 to validate, 1 bad files left out",
+        "'class 0': 8 + 2",
+        "2 epochs of 3 steps over images of 224 pixels",
+        "6 images over 2 replicas of 1 workers",
+        "23,591,810 parameters",  # 23,587,712 of ResNet50 and 2 x 2,049 of the head
+        "GPU:0, GPU:1; XLA off",
+        "mixed_float16: GPU with float16 units",
+        "--learning_rate=0.001",
+    ):
+        assert part in text
+    assert "--weights" not in text
+
+
+def test_a_flattened_head_has_features_of_every_cell():
+    text = describe(head="flatten", image_size=64)
+    assert "8192 features per image" in text
+    assert f"{23_587_712 + 2 * 8193:,} parameters" in text
+
+
+def test_many_classes_are_shortened():
+    assert "'class 29': 8 + 2\n    and 5 more classes" in describe(num_classes=35)
