@@ -1,41 +1,41 @@
-# Each target does all its own set-up on a machine with Python 3.11 (venv) and make.
+# Requires Python 3.11 with venv, and make. Each target installs what it needs into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One process a core; a file's tests stay together, for they share what takes long to make.
-SIDE_BY_SIDE := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+# One process per core. The tests of a file run in one process, because they share fixtures that are slow to create.
+PARALLEL := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test check format lock audit coverage clean
 
-demo: $(VENV)/.installed  ## draw a picture set, train on it, export the model: under 5 minutes on 2 cores
+demo: $(VENV)/.installed  ## generate synthetic images, train on them, export the model: under 5 minutes on 2 cores
 	$(BIN)/python -m trainer.task --flagfile=deploy/flags/demo.flags
 
 test: $(VENV)/.installed-dev  ## all tests
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: $(VENV)/.installed-dev  ## format, lint, types, fast tests: under 2 minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-coverage: $(VENV)/.installed-dev  ## all tests, and which lines they did not run; what a killed process ran is not counted
+coverage: $(VENV)/.installed-dev  ## all tests, and the lines that they do not run, except those of killed processes
 	$(BIN)/coverage erase
-	-$(BIN)/coverage run -m pytest $(SIDE_BY_SIDE)
+	-$(BIN)/coverage run -m pytest $(PARALLEL)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-format: $(VENV)/.installed-dev  ## format and mend what can be mended
+format: $(VENV)/.installed-dev  ## format, and apply the fixes of the linter
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: $(VENV)/.installed-dev  ## the image's packages with their hashes, after a change of setup.py or constraints.txt
+lock: $(VENV)/.installed-dev  ## pin the packages of the image with hashes; run it after changes of setup.py or constraints.txt
 	for variant in cpu gpu; do $(BIN)/uv pip compile --quiet --upgrade --universal --python-version=3.11 --generate-hashes \
 	  --no-annotate --custom-compile-command="make lock" --default-index=https://pypi.org/simple \
 	  --constraint=constraints.txt --extra=$$variant --output-file=deploy/image/$$variant.txt setup.py || exit 1; done
 
-audit: $(VENV)/.installed-dev  ## what is known against the image's packages; asks pypi.org
+audit: $(VENV)/.installed-dev  ## known vulnerabilities of the image's packages; needs access to pypi.org
 	for variant in cpu gpu; do $(BIN)/uvx pip-audit==2.10.1 --strict --require-hashes --disable-pip \
 	  --requirement=deploy/image/$$variant.txt || exit 1; done
 

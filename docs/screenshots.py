@@ -1,8 +1,8 @@
-"""Makes the pictures of README.md anew from a real run: docs/images/report.png and served.png.
+"""Creates the screenshots of README.md from a real run: docs/images/report.png and docs/images/served.png.
 
-python docs/screenshots.py
+    python docs/screenshots.py
 
-Trains the demo (three minutes on two cores), opens its report and the page of its server in headless Chromium.
+Trains the demo (three minutes on two cores), then opens its report and the page of trainer.serve in headless Chromium.
 """
 
 import pathlib
@@ -10,47 +10,52 @@ import subprocess
 import sys
 import tempfile
 
+from playwright.sync_api import Browser
+
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
-sys.path.insert(0, str(ROOT / "tests"))
-
-import browser  # noqa: E402
-from playwright.sync_api import Browser  # noqa: E402
-from test_serve import Server  # noqa: E402
-
 WIDTH = 1000  # pixels
+sys.path.insert(0, str(ROOT))
+
+from tests.support import browser  # noqa: E402
+from tests.support.server import Server  # noqa: E402
+from trainer.artifacts.job_dir import JobDir  # noqa: E402
 
 
-def photograph_report(chromium: Browser, job_dir: pathlib.Path, directory: pathlib.Path) -> None:
-    """Leaves report.png: the head of the page, down to the curves."""
-    with browser.opened(chromium, job_dir / "report" / "index.html", width=WIDTH) as page:
-        browser.assert_pictures_are_loaded(page, at_least=2)
-        end_of_curves = page.locator("#curves").bounding_box()
-        height = end_of_curves["y"] + end_of_curves["height"]
-        clip = {"x": 0, "y": 0, "width": WIDTH, "height": height}
-        page.screenshot(path=directory / "report.png", full_page=True, clip=clip)
+def capture_report(chromium: Browser, job_dir: JobDir, path: pathlib.Path) -> None:
+    """Writes a screenshot of the report, from its top to the end of the curves."""
+    with browser.opened(chromium, job_dir.report_page, width=WIDTH) as page:
+        browser.assert_images_are_loaded(page, at_least=2)
+        curves = page.locator("#curves").bounding_box()
+        assert curves  # None if the element is hidden
+        clip = {"x": 0, "y": 0, "width": WIDTH, "height": curves["y"] + curves["height"]}
+        page.screenshot(path=path, full_page=True, clip=clip)
 
 
-def photograph_server(chromium: Browser, job_dir: pathlib.Path, directory: pathlib.Path) -> None:
-    """Leaves served.png: the page of trainer.serve with a picture of each class dropped on it."""
-    server = Server(f"--model_dir={job_dir}/saved_model", "--port={port}")
+def capture_server(chromium: Browser, job_dir: JobDir, path: pathlib.Path) -> None:
+    """Writes a screenshot of the page of trainer.serve with the predictions for one image of each class."""
+    server = Server(f"--model_dir={job_dir.saved_model}", "--port={port}")
     try:
         server.wait_until_ready()
-        pictures = [next(folder.glob("*.jpg")) for folder in sorted((job_dir / "demo_pictures").glob("*/"))]
+        images = [next(folder.glob("*.jpg")) for folder in sorted(pathlib.Path(job_dir.demo_images).glob("*/"))]
         with browser.opened(chromium, f"http://127.0.0.1:{server.port}", width=WIDTH) as page:
-            page.set_input_files("#files", [str(path) for path in pictures])
-            for number in range(len(pictures)):
+            page.set_input_files("#files", images)
+            for number in range(len(images)):
                 page.locator("#cards .answer ol").nth(number).wait_for()
-            page.locator("main").screenshot(path=directory / "served.png")
+            page.locator("main").screenshot(path=path)
     finally:
-        server.end()
+        server.stop()
+
+
+def main() -> None:
+    """Trains the demo in a temporary folder and captures both pages."""
+    IMAGES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as job_dir, browser.launched() as chromium:
+        flags = ["--flagfile=deploy/flags/demo.flags", f"--job_dir={job_dir}"]
+        subprocess.run([sys.executable, "-m", "trainer.task", *flags], cwd=ROOT, check=True)
+        capture_report(chromium, JobDir(job_dir), IMAGES / "report.png")
+        capture_server(chromium, JobDir(job_dir), IMAGES / "served.png")
 
 
 if __name__ == "__main__":
-    IMAGES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary, browser.launched() as started:
-        demo_job = pathlib.Path(temporary, "job")
-        flags = ["--flagfile=deploy/flags/demo.flags", f"--job_dir={demo_job}"]
-        subprocess.run([sys.executable, "-m", "trainer.task", *flags], cwd=ROOT, check=True)
-        photograph_report(started, demo_job, IMAGES)
-        photograph_server(started, demo_job, IMAGES)
+    main()

@@ -1,121 +1,143 @@
-"""Measures this job against what one would use instead, side by side in one run: alternating rounds, medians, spread.
+"""Measures this project and its alternatives in one run: alternating rounds, with median, minimum and maximum.
 
     python -m trainer.benchmark
-        every suite on pictures that it draws itself, ResNet50 on random weights
+        every suite, on synthetic images and ResNet50 with random weights
     python -m trainer.benchmark --data_dir=pictures --weights=weights.h5 --suite=accuracy,step
-        two suites on your own
+        two suites on your own images
 
-    accuracy   seconds to the article's 96.49 %, our default recipe against the article's own in Keras
-    step       pictures per second of our training loop, Keras fit, PyTorch where it is installed
-    input      our input pipeline, image_dataset_from_directory, ImageDataGenerator, a plain decode
-    resume     seconds to the first step, cold and resumed; seconds to save
-    growth     time and memory for folders of 1,000, 10,000 and 100,000 pictures
-    bucket     pictures per second from a bucket in each way of this job, against a local disk (only when asked for)
+    accuracy   seconds to 96.49 % validation accuracy: the default recipe, and the article's recipe in Keras
+    step       images per second of the training loop, of Keras fit, and of PyTorch where it is installed
+    input      the input pipeline, image_dataset_from_directory, ImageDataGenerator and a plain decode
+    resume     seconds to the first step after a cold start and after a resume; seconds to save and exit
+    growth     time and memory for folders of 1,000, 10,000 and 100,000 images
+    bucket     images per second from a bucket, in each way that a job reads one (only with --suite=bucket)
 
-Leaves benchmark.md, benchmark.json and benchmark.png in --output_dir, with the suites that an earlier run on the same
-machine and versions left there. A run of everything takes hours on two cores.
+Writes benchmark.md, benchmark.json and benchmark.png to --output_dir. Suites that an earlier run with the same machine
+and package versions wrote there are kept. All suites together take hours on two cores.
 """
 
+import os
 import tempfile
 
 from absl import flags
 
 from trainer import cli
-from trainer.benchmarks import bucket, input, results
-from trainer.benchmarks.suite import one_device
+from trainer.benchmarks import results
+from trainer.benchmarks.suite import Suite, one_device
 from trainer.data import synthetic
 from trainer.data.dataset import read_folder
 from trainer.errors import UserError
 from trainer.storage import files
 
-SUITES = ("accuracy", "step", "input", "resume", "growth")
-
-
-BUCKET = "bucket"  # not among those that run unasked, since it needs a bucket
+DEFAULT_SUITES = ("accuracy", "step", "input", "resume", "growth")
+SUITES = (*DEFAULT_SUITES, "bucket")  # bucket needs a bucket
 
 
 def define_flags() -> None:
-    """The flags of this command."""
+    """Defines the flags of this command."""
     flags.DEFINE_string(
-        "data_dir", "", "Folder with one sub-folder of JPEG files per class. Without it, a set is drawn."
+        "data_dir", "", "Local folder with one sub-folder of JPEG files per class. Without it, images are synthetic."
     )
-    flags.DEFINE_string("weights", "none", "imagenet, none, or the path of a weights file: of the suite accuracy.")
-    flags.DEFINE_list("suite", ",".join(SUITES), "Which suites, by comma.")
+    flags.DEFINE_string("weights", "none", "Suite accuracy: imagenet, none, or the path of a weights file.")
+    flags.DEFINE_list("suite", ",".join(DEFAULT_SUITES), f"Suites to run, comma-separated: {', '.join(SUITES)}.")
     flags.DEFINE_string("output_dir", "benchmark", "Folder for benchmark.md, benchmark.json and benchmark.png.")
-    flags.DEFINE_integer("rounds", 3, "Times that each contender has its turn.", lower_bound=1)
-    flags.DEFINE_integer("pictures", 0, "Use so many of the pictures, 0: all.", lower_bound=0)
-    flags.DEFINE_integer("image_size", 224, "Pixels to a side of what the network sees.", lower_bound=32)
-    flags.DEFINE_integer("batch_size", 32, "Of the suite step.", lower_bound=1)
-    flags.DEFINE_integer("steps", 4, "Of one turn in the suite step.", lower_bound=1)
-    flags.DEFINE_boolean("xla", True, "Measure steps compiled by XLA too.")
-    flags.DEFINE_integer("large_pictures", 240, "How many 12-megapixel pictures the suite input reads.", lower_bound=2)
-    flags.DEFINE_list("growth_sizes", "1000,10000,100000", "Pictures in the folders of the suite growth.")
+    flags.DEFINE_integer("rounds", 3, "Measurements of each baseline.", lower_bound=1)
+    flags.DEFINE_integer("pictures", 0, "Number of images to use; 0 uses all.", lower_bound=0)
+    flags.DEFINE_integer("image_size", 224, "Height and width of the network's input, in pixels.", lower_bound=32)
+    flags.DEFINE_integer("batch_size", 32, "Suite step: images per step.", lower_bound=1)
+    flags.DEFINE_integer("steps", 4, "Suite step: steps per measurement.", lower_bound=1)
+    flags.DEFINE_boolean("xla", True, "Suite step: also measure steps compiled by XLA.")
+    flags.DEFINE_integer("large_pictures", 240, "Suite input: number of 12-megapixel images.", lower_bound=2)
+    flags.DEFINE_list("growth_sizes", "1000,10000,100000", "Suite growth: numbers of images, comma-separated.")
     flags.DEFINE_float(
-        "budget_factor", 25, "What the article's recipe may take, as a multiple of ours.", lower_bound=0.1
+        "budget_factor",
+        25,
+        "Suite accuracy: time limit of the article's recipe, as a multiple of the time of the default recipe.",
+        lower_bound=0.1,
     )
-    flags.DEFINE_string(
-        "note", "", "What a reader should know of the circumstances, such as a machine that was shared."
-    )
-    flags.DEFINE_string("bucket_dir", "", "Of the suite bucket: the pictures of --data_dir, all of them, as gs://...")
-    flags.DEFINE_string("packed_dir", "", "Of the suite bucket: what trainer.pack made of them, as gs://...")
+    flags.DEFINE_string("note", "", "Text for benchmark.md on the conditions of the run, such as other load.")
+    flags.DEFINE_string("bucket_dir", "", "Suite bucket: gs:// folder with all images of --data_dir.")
+    flags.DEFINE_string("packed_dir", "", "Suite bucket: gs:// folder with the shards of these images (trainer.pack).")
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the suites and writes what came of them, after each suite."""
+    """Runs the suites; writes the results after each of them."""
     values = cli.flag_values(("data_dir", "suite", "output_dir", "rounds", "pictures", "note"))
-    unknown = [*arguments, *(name for name in values["suite"] if name not in (*SUITES, BUCKET))]
+    _check_flags(arguments, values["suite"])
+    output_dir = values["output_dir"]
+    files.make_directory(output_dir)
+    cli.import_tensorflow()
+    from trainer.benchmarks import end_to_end  # imports TensorFlow
+
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
+        data_dir = values["data_dir"]
+        if not data_dir:
+            data_dir = os.path.join(directory, "synthetic")
+            synthetic.draw(data_dir, images_per_class=max(10, values["pictures"] // 3 or 160))
+        folder = end_to_end.link_images(data_dir, os.path.join(directory, "images"), values["pictures"])
+        measured = results.read_earlier(output_dir, exclude=values["suite"])
+        for name in values["suite"]:
+            for suite in _suites(name, folder, directory):
+                measured.append(results.measure(suite, values["rounds"]))
+                results.write(output_dir, {"machine": results.machine(), "note": values["note"], "suites": measured})
+                print(results.suite_table(measured[-1]), flush=True)
+    print(f"Results: {files.join(output_dir, results.MARKDOWN_NAME)}")
+
+
+def _check_flags(arguments: list[str], suites: list[str]) -> None:
+    unknown = [*arguments, *(name for name in suites if name not in SUITES)]
     if unknown:
-        raise UserError(f"{unknown[0]!r} is not a suite: pass --suite={','.join((*SUITES, BUCKET))} or some of them.")
-    if BUCKET in values["suite"]:
+        raise UserError(f"{unknown[0]!r} is not a suite: pass --suite with one or more of {','.join(SUITES)}.")
+    if "bucket" in suites:
         cli.require("data_dir", "bucket_dir", "packed_dir")
     sizes = flags.FLAGS.growth_sizes
     if not sizes or not all(size.isdigit() and int(size) >= 20 for size in sizes):
-        raise UserError(f"--growth_sizes is {','.join(sizes)!r}: pass numbers of 20 or more, by comma.")
-    files.make_directory(values["output_dir"])
-    cli.import_tensorflow()
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
-        data_dir = values["data_dir"] or f"{directory}/drawn"
-        if not values["data_dir"]:
-            synthetic.draw(data_dir, images_per_class=max(10, values["pictures"] // 3 or 160))
-        from trainer.benchmarks import end_to_end  # imports TensorFlow
-
-        folder = end_to_end.link_images(data_dir, f"{directory}/pictures", values["pictures"])
-        measurements = results.earlier(values["output_dir"], but=values["suite"])
-        for name in values["suite"]:
-            for suite in _suites(name, folder, directory):
-                measurements.append(results.measure(suite, values["rounds"]))
-                results.write(
-                    values["output_dir"], {"machine": results.machine(), "note": values["note"], "suites": measurements}
-                )
-                print(results.suite_table(measurements[-1]), flush=True)
-    print(f"written: {values['output_dir']}/benchmark.md")
+        raise UserError(f"--growth_sizes is {','.join(sizes)!r}: pass comma-separated integers of 20 or more.")
 
 
-def _suites(name: str, folder: str, directory: str) -> list:
-    """The suites of that name, each a trainer.contenders.Suite."""
-    from trainer.benchmarks import end_to_end, training_step
-    from trainer.runtime import devices
+def _suites(name: str, folder: str, directory: str) -> list[Suite]:
+    """The suites of that name on the images of `folder`; `directory` is for their temporary files."""
+    from trainer.benchmarks import bucket, end_to_end
+    from trainer.benchmarks.input import input_suites
 
-    size, paths = flags.FLAGS.image_size, read_folder(folder).examples.paths
+    values = flags.FLAGS
+    size = values.image_size
     if name == "accuracy":
-        budget = flags.FLAGS.budget_factor
         return [
-            end_to_end.accuracy_suite(folder, flags.FLAGS.weights, directory, image_size=size, budget_factor=budget)
+            end_to_end.accuracy_suite(
+                folder, values.weights, directory, image_size=size, budget_factor=values.budget_factor
+            )
         ]
     if name == "step":
-        half = devices.choose_precision("auto", one_device().kind)[0].replace("float32", "")
-        numbers = {"image_size": size, "batch_size": flags.FLAGS.batch_size, "steps": flags.FLAGS.steps}
-        return [training_step.step_suite(folder, paths, half=half, with_xla=flags.FLAGS.xla, **numbers)]
+        return [_step_suite(folder)]
     if name == "input":
-        large = f"{directory}/large"
-        return input.input_suites(folder, paths, large, image_size=size, num_large=flags.FLAGS.large_pictures)
+        return input_suites(
+            folder,
+            read_folder(folder).examples.paths,
+            os.path.join(directory, "large"),
+            image_size=size,
+            num_large_images=values.large_pictures,
+        )
     if name == "resume":
         return [end_to_end.resume_suite(folder, directory, image_size=size)]
-    if name == BUCKET:
-        indices = (flags.FLAGS.data_dir, flags.FLAGS.bucket_dir, flags.FLAGS.packed_dir)
-        return [bucket.bucket_suite(*indices, image_size=size)]
-    sizes = sorted(map(int, flags.FLAGS.growth_sizes))
-    return [end_to_end.growth_suite(folder, directory, sizes=sizes, image_size=size)]
+    if name == "growth":
+        sizes = sorted(int(number) for number in values.growth_sizes)
+        return [end_to_end.growth_suite(folder, directory, sizes=sizes, image_size=size)]
+    return [bucket.bucket_suite(values.data_dir, values.bucket_dir, values.packed_dir, image_size=size)]
+
+
+def _step_suite(folder: str) -> Suite:
+    from trainer.benchmarks.training_step import Workload, step_suite
+    from trainer.runtime import devices
+
+    precision, _ = devices.choose_precision("auto", one_device().kind)
+    return step_suite(
+        folder,
+        read_folder(folder).examples.paths,
+        workload=Workload(flags.FLAGS.image_size, flags.FLAGS.batch_size, flags.FLAGS.steps),
+        half_precision="" if precision == "float32" else precision,
+        include_xla=flags.FLAGS.xla,
+    )
 
 
 if __name__ == "__main__":

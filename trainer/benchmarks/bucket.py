@@ -1,4 +1,4 @@
-"""How fast pictures come out of a bucket, in each of the ways that this job has, against a local disk."""
+"""Suite `bucket`: read rates of images in a bucket, in each way that a job reads one, compared with a local disk."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import config
-from trainer.benchmarks.suite import Baseline, Suite, Values, one_device
+from trainer.benchmarks.suite import Baseline, Metrics, Suite, one_device
 from trainer.data import input_pipeline, sampler, shards
 from trainer.data.dataset import read_folder
 from trainer.data.preprocessing import decode_image
@@ -17,79 +17,96 @@ from trainer.errors import UserError
 from trainer.runtime.devices import Devices
 from trainer.storage import files
 
+BASELINES = ("local disk", "one by one", "folder", "shards", "cache")
+
+
+def bucket_suite(local_dir: str, folder_url: str, packed_url: str, *, image_size: int) -> Suite:
+    """The same images on a local disk, in a bucket, and packed in a bucket.
+
+    One call of `measure` gives the metrics of all baselines of a round; it runs when the first baseline is measured.
+    """
+    latest: dict[str, float] = {}
+
+    def measure_baseline(name: str) -> Metrics:
+        if name == BASELINES[0]:
+            latest.update(measure(local_dir, folder_url, packed_url, devices=one_device(), image_size=image_size))
+        return {"images_per_second": latest[name]}
+
+    baselines = [Baseline(name, functools.partial(measure_baseline, name)) for name in BASELINES]
+    return Suite("bucket", f"images from a bucket, {image_size} pixels", "images_per_second", baselines)
+
 
 def measure(
     local_dir: str, folder_url: str, packed_url: str, *, devices: Devices, image_size: int = 224, one_by_one: int = 40
 ) -> dict[str, float]:
-    """Pictures per second, read and decoded to batches, of the same pictures in a local folder, a bucket, and packed there.
+    """Images per second, read and decoded to batches, for each of BASELINES.
 
-    `one by one`: each read when the one before is decoded, of so many pictures. `folder`: as the job reads a folder in a
-    bucket. `shards`: fetched and read, the fetching included. `cache`: a second pass over pictures kept decoded. Raises
-    OSError.
+    `one by one` reads and decodes the first `one_by_one` images, one after the other. `folder` reads a folder in a bucket
+    as a job does. `shards` reads a pack, the transfer of the shards included. `cache` is a pass over decoded images in
+    memory. Raises UserError if `packed_url` holds no shards, OSError if an image cannot be read.
     """
     paths = read_folder(local_dir).examples.paths
-
     pack = read_folder(packed_url).pack
     if not pack:
-        raise UserError(f"{packed_url} holds no shards: run trainer.pack into it first.")
+        raise UserError(f"{packed_url} contains no shards: run trainer.pack with this --output_dir first.")
 
-    def rate_of(source: input_pipeline.ArraySource | input_pipeline.FileSource, seconds: float = 0.0) -> float:
-        layout = sampler.ordered_epoch(len(paths), batch_size=32, replicas=1)
-        finish = input_pipeline.BatchTransform("rescale", None, "float32")
-        labels = np.zeros(len(paths), np.int32)
-        seen, started, before = 0, 0.0, 0
-        for batch in input_pipeline.batches(layout, source, labels, finish=finish, devices=devices):
-            seen += int(tf.reduce_sum(batch["weight"]))
-            if not started:  # what comes before is mostly TensorFlow's preparing the graph, once an epoch
-                started, before = time.monotonic(), seen
-        if seen != len(paths):
-            raise OSError(f"{len(paths) - seen} of {len(paths)} pictures could not be read")
-        return (seen - before) / (time.monotonic() - started + seconds)
-
-    def rate_one_by_one() -> float:
-        started = time.monotonic()
-        for path in paths[:one_by_one]:
-            decode_image(tf.io.read_file(files.join(folder_url, path)), image_size)
-        return min(one_by_one, len(paths)) / (time.monotonic() - started)
-
-    def source_of(
+    def make_source(
         directory: str, read: Callable[[str], bytes] | None = None, parallelism: int = 0
     ) -> input_pipeline.FileSource:
-        return input_pipeline.FileSource(directory, paths, image_size, lambda index: None, read, parallelism)
+        return input_pipeline.FileSource(
+            directory=directory,
+            paths=paths,
+            image_size=image_size,
+            on_unreadable=lambda index: None,
+            read=read,
+            parallelism=parallelism,
+        )
 
-    def from_bucket(path: str) -> bytes:
+    def read_from_bucket(path: str) -> bytes:
         return shards.read(folder_url, path) or b""
 
-    def rate_of_shards() -> float:
-        started = time.monotonic()
-        read = shards.fetch(pack, "", lambda count: None)
-        return rate_of(source_of("", read), time.monotonic() - started)
-
-    decode_image(tf.io.read_file(os.path.join(local_dir, paths[0])), image_size)  # what happens only once
-    folder = source_of(folder_url, from_bucket, config.REMOTE_READ_PARALLELISM)
-    table = input_pipeline.decode_all(folder, "", lambda count: None)
-    return {
-        "local disk": rate_of(source_of(local_dir)),
-        "one by one": rate_one_by_one(),
-        "folder": rate_of(folder),
-        "shards": rate_of_shards(),
-        "cache": rate_of(table),
+    # Decoding one image first keeps the initialization of TensorFlow out of the measurements.
+    decode_image(tf.io.read_file(os.path.join(local_dir, paths[0])), image_size)
+    folder = make_source(folder_url, read_from_bucket, config.REMOTE_READ_PARALLELISM)
+    decoded = input_pipeline.decode_all(folder, "", lambda count: None)
+    rates = {
+        "local disk": _pipeline_rate(make_source(local_dir), len(paths), devices),
+        "one by one": _sequential_rate(folder_url, paths[:one_by_one], image_size),
+        "folder": _pipeline_rate(folder, len(paths), devices),
     }
+    started = time.monotonic()
+    read_from_shards = shards.fetch(pack, "", lambda count: None)
+    transfer_seconds = time.monotonic() - started
+    rates["shards"] = _pipeline_rate(make_source("", read_from_shards), len(paths), devices, transfer_seconds)
+    rates["cache"] = _pipeline_rate(decoded, len(paths), devices)
+    return rates
 
 
-# ---- bucket
+def _pipeline_rate(
+    source: input_pipeline.ArraySource | input_pipeline.FileSource,
+    num_images: int,
+    devices: Devices,
+    extra_seconds: float = 0.0,
+) -> float:
+    """Images per second of one epoch, without its first batch; `extra_seconds` are added to the duration.
+
+    The first batch mostly waits while TensorFlow prepares the graph, once per epoch.
+    """
+    plan = sampler.ordered_epoch(num_images, batch_size=32, replicas=1)
+    transform = input_pipeline.BatchTransform(preprocessing="rescale", augmentation_seed=None, dtype="float32")
+    labels = np.zeros(num_images, np.int32)
+    images_read, images_in_first_batch, started = 0, 0, 0.0
+    for batch in input_pipeline.batches(plan, source, labels, transform=transform, devices=devices):
+        images_read += int(tf.reduce_sum(batch["weight"]))
+        if not started:
+            images_in_first_batch, started = images_read, time.monotonic()
+    if images_read != num_images:
+        raise OSError(f"{num_images - images_read} of {num_images} images could not be read")
+    return (images_read - images_in_first_batch) / (time.monotonic() - started + extra_seconds)
 
 
-def bucket_suite(local_dir: str, folder_url: str, packed_url: str, *, image_size: int) -> Suite:
-    """The same pictures on a local disk, in a bucket and packed there; one measurement gives the figures of all."""
-    names = ("local disk", "one by one", "folder", "shards", "cache")
-    latest: dict[str, float] = {}
-
-    def measure(name: str) -> Values:
-        if name == names[0]:
-            indices = (local_dir, folder_url, packed_url)
-            latest.update(measure(*indices, devices=one_device(), image_size=image_size))
-        return {"images_per_second": latest[name]}
-
-    baselines = [Baseline(name, functools.partial(measure, name)) for name in names]
-    return Suite("bucket", f"pictures from a bucket, {image_size} pixels", "images_per_second", baselines, [], [])
+def _sequential_rate(folder_url: str, paths: np.ndarray, image_size: int) -> float:
+    started = time.monotonic()
+    for path in paths:
+        decode_image(tf.io.read_file(files.join(folder_url, path)), image_size)
+    return len(paths) / (time.monotonic() - started)

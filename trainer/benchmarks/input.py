@@ -1,5 +1,9 @@
-"""TODO."""
+"""Suite `input`: pipelines from image files to batches, this project's and those of Keras and plain TensorFlow.
 
+Shapes: B images in a batch, S pixels to a side.
+"""
+
+import functools
 import itertools
 import os
 import pathlib
@@ -10,117 +14,139 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from trainer.benchmarks.suite import Baseline, Suite, Target, Values, once, one_device, rates, used
+from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device, rates, read_usage
 from trainer.data import input_pipeline, sampler
 from trainer.data.preprocessing import preprocess
 
-# ---- input
+BATCH_SIZE = 32
+DISTINCT_LARGE_IMAGES = 24
+
+Pipeline = Callable[[], Iterable]  # makes the batches of one epoch; len() of a batch is its number of images
 
 
-def input_suites(folder: str, paths: np.ndarray, large: str, *, image_size: int, num_large: int) -> list[Suite]:
-    """Pipelines from files to batches of float32 [B, S, S, 3], on the pictures and on 12-megapixel ones in `large`."""
-    if not os.path.isdir(large):
-        enlarge([os.path.join(folder, path) for path in paths], large, num_large)
-    suites = []
-    figure = "cpu_seconds_per_1000"
-    for name, directory, bound in (("pictures as they are", folder, 1.3), ("12-megapixel photographs", large, 4.0)):
-        targets = [
-            Target(f"image_dataset_from_directory's CPU time against ours, {name}", figure, "image_dataset_from_directory",
-                "our pipeline", bound)
-        ]  # fmt: skip
-        if directory == folder:
-            targets.append(
-                Target("our CPU time against the plain decode's", figure, "our pipeline", "plain decode", 1.15, False)
-            )
-        title = f"input pipelines to {image_size} pixels, {name}"
-        suites.append(Suite("input", title, figure, _pipelines(directory, image_size), targets, []))
-    return suites
+def input_suites(
+    folder: str, paths: np.ndarray, large_dir: str, *, image_size: int, num_large_images: int
+) -> list[Suite]:
+    """Pipelines to float32 [B, S, S, 3], on the images of `folder` and on 12-megapixel images in `large_dir`.
+
+    Creates `large_dir` if it does not exist.
+    """
+    if not os.path.isdir(large_dir):
+        write_large_images([os.path.join(folder, path) for path in paths], large_dir, num_large_images)
+    plain_decode = Target(
+        description="CPU time, trainer pipeline / plain decode",
+        metric="cpu_seconds_per_1000",
+        numerator="trainer pipeline",
+        denominator="plain decode",
+        bound=1.15,
+        at_least=False,
+    )
+    return [
+        _suite("original images", folder, image_size, [_keras_target("original images", 1.3), plain_decode]),
+        _suite("12-megapixel images", large_dir, image_size, [_keras_target("12-megapixel images", 4.0)]),
+    ]
 
 
-DISTINCT_LARGE = 24
+def _suite(images: str, directory: str, image_size: int, targets: list[Target]) -> Suite:
+    title = f"input pipelines to {image_size} pixels, {images}"
+    baselines = _pipelines(directory, image_size)
+    return Suite("input", title, metric="cpu_seconds_per_1000", baselines=baselines, targets=targets)
 
 
-def enlarge(paths: list[str], directory: str, count: int) -> None:
-    """Leaves `count` JPEG files of 4,000 x 3,000 pixels, enlarged from those at `paths`, in two classes.
+def _keras_target(images: str, bound: float) -> Target:
+    return Target(
+        description=f"CPU time, image_dataset_from_directory / trainer pipeline, {images}",
+        metric="cpu_seconds_per_1000",
+        numerator="image_dataset_from_directory",
+        denominator="trainer pipeline",
+        bound=bound,
+    )
 
-    Only the first are files, the others links to them: making one takes longer than all contenders do with it.
+
+def write_large_images(paths: list[str], directory: str, count: int) -> None:
+    """Writes `count` JPEG files of 4,000 x 3,000 pixels, enlarged from the files at `paths`, in two classes.
+
+    Only the first DISTINCT_LARGE_IMAGES are files and the others are links to them, because creating a file takes longer
+    than reading it in all baselines.
     """
     targets = [pathlib.Path(directory).absolute() / "ab"[i % 2] / f"{i}.jpg" for i in range(count)]
     for i, (target, path) in enumerate(zip(targets, itertools.cycle(paths), strict=False)):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if i >= DISTINCT_LARGE:
-            target.symlink_to(targets[i % DISTINCT_LARGE])
+        if i >= DISTINCT_LARGE_IMAGES:
+            target.symlink_to(targets[i % DISTINCT_LARGE_IMAGES])
             continue
         with Image.open(path) as image:
             image.convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC).save(target, quality=90)
 
 
-INPUT_BATCH = 32
-
-
 def _pipelines(directory: str, image_size: int) -> list[Baseline]:
     paths = np.array(sorted(str(p.relative_to(directory)) for p in pathlib.Path(directory).glob("*/*.jpg")), object)
-    prepares = {
-        "our pipeline": lambda: _our_images(directory, paths, image_size),
-        "image_dataset_from_directory": lambda: _keras_images(directory, image_size),
-        "ImageDataGenerator": lambda: _generator_images(directory, image_size),
-        "plain decode": lambda: _plain_images(directory, paths, image_size),
+    prepare_by_name: dict[str, Callable[[], Pipeline]] = {
+        "trainer pipeline": functools.partial(_trainer_pipeline, directory, paths, image_size),
+        "image_dataset_from_directory": functools.partial(_keras_dataset, directory, image_size),
+        "ImageDataGenerator": functools.partial(_keras_generator, directory, image_size),
+        "plain decode": functools.partial(_plain_decode, directory, paths, image_size),
     }
-    return [Baseline(name, _drained(once(prepare), len(paths))) for name, prepare in prepares.items()]
+    return [Baseline(name, _one_epoch(prepare, len(paths))) for name, prepare in prepare_by_name.items()]
 
 
-def _drained(prepare: Callable[[], Callable[[], Iterable]], num_images: int) -> Callable[[], Values]:
-    """Measures one epoch of a pipeline: `prepare()` is what is done once, what it gives what each epoch does."""
+def _one_epoch(prepare: Callable[[], Pipeline], num_images: int) -> Callable[[], Metrics]:
+    """A measurement of one epoch. `prepare()` runs once, at the first measurement, and is not measured."""
+    prepare_once = functools.cache(prepare)
 
-    def measure() -> Values:
-        epoch = prepare()
-        start = used()
-        batches = iter(epoch())
-        seen = len(next(batches))
-        first = used()
-        seen += sum(map(len, batches))
-        end = used()
-        if seen != num_images:
-            raise RuntimeError(f"{seen} pictures came, {num_images} were expected")
-        return {**rates(num_images, start, end), "seconds_to_first_batch": (first - start)[0]}
+    def measure() -> Metrics:
+        pipeline = prepare_once()
+        start = read_usage()
+        batches = iter(pipeline())
+        images_read = len(next(batches))
+        first_batch = read_usage()
+        images_read += sum(len(batch) for batch in batches)
+        end = read_usage()
+        if images_read != num_images:
+            raise RuntimeError(f"read {images_read} images, expected {num_images}")
+        seconds_to_first_batch = first_batch.wall_seconds - start.wall_seconds
+        return {**rates(num_images, start, end), "seconds_to_first_batch": seconds_to_first_batch}
 
     return measure
 
 
-def _our_images(directory: str, paths: np.ndarray, image_size: int) -> Callable[[], Iterable]:
-    layout = sampler.ordered_epoch(len(paths), batch_size=INPUT_BATCH, replicas=1)
-    source = input_pipeline.FileSource(directory, paths, image_size, lambda index: None, is_jpeg=True)
-    finish, labels = input_pipeline.BatchTransform("imagenet", None, "float32"), np.zeros(len(paths), np.int32)
+def _trainer_pipeline(directory: str, paths: np.ndarray, image_size: int) -> Pipeline:
+    plan = sampler.ordered_epoch(len(paths), batch_size=BATCH_SIZE, replicas=1)
+    labels = np.zeros(len(paths), np.int32)
+    transform = input_pipeline.BatchTransform(preprocessing="imagenet", augmentation_seed=None, dtype="float32")
+    source = input_pipeline.FileSource(
+        directory=directory, paths=paths, image_size=image_size, on_unreadable=lambda index: None, is_jpeg=True
+    )
 
-    def epoch() -> Iterator[np.ndarray]:
-        for batch in input_pipeline.batches(layout, source, labels, finish=finish, devices=one_device()):
-            yield np.flatnonzero(batch["weight"])
+    def pipeline() -> Iterator[np.ndarray]:
+        for batch in input_pipeline.batches(plan, source, labels, transform=transform, devices=one_device()):
+            yield np.flatnonzero(batch["weight"])  # without the padding
 
-    return epoch
+    return pipeline
 
 
-def _keras_images(directory: str, image_size: int) -> Callable[[], Iterable]:
+def _keras_dataset(directory: str, image_size: int) -> Pipeline:
     dataset = keras.utils.image_dataset_from_directory(
-        directory, image_size=(image_size, image_size), batch_size=INPUT_BATCH, shuffle=False, verbose=False
+        directory, image_size=(image_size, image_size), batch_size=BATCH_SIZE, shuffle=False, verbose=False
     )
     keras_preprocess = keras.applications.resnet50.preprocess_input
     dataset = dataset.map(lambda images, labels: keras_preprocess(images), tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
     return lambda: dataset
 
 
-def _generator_images(directory: str, image_size: int) -> Callable[[], Iterable]:
+def _keras_generator(directory: str, image_size: int) -> Pipeline:
     generator = tf.keras.preprocessing.image.ImageDataGenerator(rescale=1 / 255)
-    batches = generator.flow_from_directory(directory, (image_size, image_size), batch_size=INPUT_BATCH, shuffle=False)
+    batches = generator.flow_from_directory(directory, (image_size, image_size), batch_size=BATCH_SIZE, shuffle=False)
     return lambda: (batches[i][0] for i in range(len(batches)))
 
 
-def _plain_images(directory: str, paths: np.ndarray, image_size: int) -> Callable[[], Iterable]:
+def _plain_decode(directory: str, paths: np.ndarray, image_size: int) -> Pipeline:
     def read(path: tf.Tensor) -> tf.Tensor:
         image = tf.image.resize(tf.io.decode_jpeg(tf.io.read_file(path), 3), [image_size, image_size])
         return tf.cast(image, tf.uint8)
 
     dataset = tf.data.Dataset.from_tensor_slices([os.path.join(directory, path) for path in paths])
-    dataset = dataset.map(read, tf.data.AUTOTUNE).batch(INPUT_BATCH)
+    dataset = dataset.map(read, tf.data.AUTOTUNE).batch(BATCH_SIZE)
     dataset = dataset.map(lambda images: preprocess(images, "imagenet"), tf.data.AUTOTUNE)
     dataset = dataset.prefetch(tf.data.AUTOTUNE)
     return lambda: dataset

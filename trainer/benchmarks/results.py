@@ -1,153 +1,174 @@
-"""TODO."""
+"""Runs a suite, and writes the results as JSON, Markdown and a chart. Imports no TensorFlow."""
 
+import io
 import os
 import platform
 import statistics
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from tqdm import tqdm
 
+from trainer.benchmarks.suite import Suite
 from trainer.storage import files
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def measure(suite: Any, rounds: int) -> dict:
-    """Every contender in turn, `rounds` times over; figures and aims as JSON holds them.
+JSON_NAME, MARKDOWN_NAME, CHART_NAME = "benchmark.json", "benchmark.md", "benchmark.png"
+PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy")
 
-    Alternating, so that whatever else the machine does meanwhile meets all of them alike.
+
+def measure(suite: Suite, rounds: int) -> dict[str, Any]:
+    """Measures every baseline once per round, and compares the targets; the result is the suite's JSON value.
+
+    Rounds alternate between the baselines, so that other load on the machine affects all of them equally.
     """
-    turns = [(number, baseline) for number in range(rounds) for baseline in suite.baselines]
-    figures: dict[str, dict[str, list[float]]] = {baseline.name: {} for baseline in suite.baselines}
-    for _, baseline in tqdm(turns, desc=suite.name, unit="turn", disable=not sys.stderr.isatty(), leave=False):
+    metrics: dict[str, dict[str, list[float]]] = {baseline.name: {} for baseline in suite.baselines}
+    turns = suite.baselines * rounds
+    for baseline in tqdm(turns, desc=suite.name, unit="turn", disable=not sys.stderr.isatty(), leave=False):
         logging.debug("%s: %s", suite.name, baseline.name)
-        for figure, value in baseline.measure().items():
-            figures[baseline.name].setdefault(figure, []).append(float(value))
+        for name, value in baseline.measure().items():
+            metrics[baseline.name].setdefault(name, []).append(float(value))
     targets = []
     for target in suite.targets:
-        pairs = zip(figures[target.numerator][target.figure], figures[target.denominator][target.figure], strict=True)
-        ratio = statistics.median(one / other for one, other in pairs)
-        is_met = ratio >= target.bound if target.at_least else ratio <= target.bound
+        numerators = metrics[target.numerator][target.metric]
+        denominators = metrics[target.denominator][target.metric]
+        ratio = statistics.median(n / d for n, d in zip(numerators, denominators, strict=True))
         targets.append(
-            {"aim": target.text, "bound": target.bound, "at_least": target.at_least, "ratio": ratio, "is_met": is_met}
+            {
+                "aim": target.description,
+                "bound": target.bound,
+                "at_least": target.at_least,
+                "ratio": ratio,
+                "is_met": target.is_met(ratio),
+            }
         )
-    described = {"suite": suite.name, "title": suite.title, "figure": suite.figure, "left_out": suite.left_out}
-    return {**described, "rounds": rounds, "figures": figures, "aims": targets}
+    return {
+        "suite": suite.name,
+        "title": suite.title,
+        "figure": suite.metric,
+        "left_out": suite.omitted,
+        "rounds": rounds,
+        "figures": metrics,
+        "aims": targets,
+    }
 
 
-def machine() -> dict:
-    """Processor, cores, load and versions, as the results need them to be read."""
+def machine() -> dict[str, Any]:
+    """Processor, number of cores, load averages and package versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    packages = ("tensorflow", "tensorflow-cpu", "keras", "numpy")
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {"python": platform.python_version()}
-    for package in packages:
+    for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = [round(value, 1) for value in os.getloadavg()]
     return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": cores,
-        "load": load,
+        "processor": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": [round(value, 1) for value in os.getloadavg()],
         "versions": versions,
     }
 
 
-def earlier(output_dir: str, but: list[str]) -> list[dict]:
-    """The suites, other than those named, that a run on this machine and these versions left in `output_dir`."""
-    before, here = files.read_json(files.join(output_dir, "benchmark.json")) or {}, machine()
-    if any(before.get("machine", {}).get(name) != here[name] for name in here if name != "load"):
+def read_earlier(output_dir: str, *, exclude: list[str]) -> list[dict]:
+    """The suites in `output_dir` from the same machine and package versions, except those named in `exclude`."""
+    earlier = files.read_json(files.join(output_dir, JSON_NAME)) or {}
+    current = machine()
+    if any(earlier.get("machine", {}).get(name) != current[name] for name in current if name != "load"):
         return []
-    return [suite for suite in before["suites"] if suite["suite"] not in but]
+    return [suite for suite in earlier["suites"] if suite["suite"] not in exclude]
 
 
-def write(output_dir: str, measurements: dict) -> None:
-    """Writes benchmark.json, benchmark.md and benchmark.png."""
-    files.write_json(f"{output_dir}/benchmark.json", measurements)
-    files.atomic_write(f"{output_dir}/benchmark.md", markdown(measurements))
-    files.atomic_write(f"{output_dir}/benchmark.png", chart(measurements))
+def write(output_dir: str, results: dict[str, Any]) -> None:
+    """Writes benchmark.json, benchmark.md and benchmark.png. `results` has the keys machine, note and suites."""
+    files.write_json(files.join(output_dir, JSON_NAME), results)
+    files.atomic_write(files.join(output_dir, MARKDOWN_NAME), markdown(results))
+    files.atomic_write(files.join(output_dir, CHART_NAME), chart(results))
 
 
-def suite_table(suite: dict) -> str:
-    """One suite as a table: a row for each contender, a column for each figure: median (lowest to highest)."""
-    names = list(dict.fromkeys(figure for figures in suite["figures"].values() for figure in figures))
+def suite_table(suite: dict[str, Any]) -> str:
+    """One suite as a Markdown table: a row per baseline, a column per metric, cells of median (minimum to maximum)."""
+    names = list(dict.fromkeys(name for metrics in suite["figures"].values() for name in metrics))
     rows = [["", *(name.replace("_", " ") for name in names)]]
-    for baseline, figures in suite["figures"].items():
-        rows.append([baseline, *(_cell(figures[name]) if name in figures else "" for name in names)])
+    for baseline, metrics in suite["figures"].items():
+        rows.append([baseline, *(_cell(metrics[name]) if name in metrics else "" for name in names)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     rounds = f"{suite['rounds']} round{'s' if suite['rounds'] > 1 else ''}"
     title = f"## {suite['suite']}: {suite['title']} ({rounds})"
-    return "\n".join([title, "", *lines, "", *(f"Left out: {reason}." for reason in suite["left_out"])])
+    return "\n".join([title, "", *lines, "", *(f"Not measured: {text}." for text in suite["left_out"])])
 
 
 def _cell(values: list[float]) -> str:
     median = statistics.median(values)
-    if len(values) == 1 or min(values) == max(values):
+    if min(values) == max(values):
         return f"{median:.4g}"
     return f"{median:.4g} ({min(values):.4g} to {max(values):.4g})"
 
 
-def markdown(measurements: dict) -> str:
-    """All of it as Markdown: the machine, the aims and whether they are met, a table for each suite."""
-    about = measurements["machine"]
+def markdown(results: dict[str, Any]) -> str:
+    """The results as Markdown: the machine, the targets, and a table per suite."""
+    about = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         "# Benchmark",
         "",
         f"{about['processor']}, {about['cores']} cores, load {about['load'][0]} at the end; {versions}.",
-        *([measurements["note"]] if measurements["note"] else []),
-        "Each figure is the median over the rounds (lowest to highest); ratios are medians over the rounds, which alternate.",
         "",
-        "![the suites as bars](benchmark.png)",
+        *([results["note"], ""] if results["note"] else []),
+        "Cells show the median over the rounds (minimum to maximum). Rounds alternate between the baselines; a ratio is",
+        "the median of the ratios of the rounds.",
         "",
-        "| aim | wanted | measured | |",
+        "![bar chart of each suite](benchmark.png)",
+        "",
+        "| ratio | target | measured | |",
         "| --- | --- | --- | --- |",
     ]
-    for suite in measurements["suites"]:
+    for suite in results["suites"]:
         for target in suite["aims"]:
-            wanted = f"{'at least' if target['at_least'] else 'at most'} {target['bound']:g}"
-            lines.append(
-                f"| {target['aim']} | {wanted} | {target['ratio']:.2f} | {'met' if target['is_met'] else 'missed'} |"
-            )
-    return "\n".join([*lines, "", *(suite_table(suite) + "\n" for suite in measurements["suites"])])
+            bound = f"{'at least' if target['at_least'] else 'at most'} {target['bound']:g}"
+            verdict = "met" if target["is_met"] else "missed"
+            lines.append(f"| {target['aim']} | {bound} | {target['ratio']:.2f} | {verdict} |")
+    return "\n".join([*lines, "", *(suite_table(suite) + "\n" for suite in results["suites"])])
 
 
-def chart(measurements: dict) -> bytes:
-    """One panel of bars for each suite, medians with the spread as a line, as PNG."""
-    import io
-
+def chart(results: dict[str, Any]) -> bytes:
+    """A PNG image with a bar chart per suite: medians, with a line from minimum to maximum."""
     from matplotlib.figure import Figure
 
-    suites = measurements["suites"]
+    suites = results["suites"]
     heights = [1 + 0.35 * len(suite["figures"]) for suite in suites]
     figure = Figure(figsize=(8, sum(heights) + 0.6), layout="constrained")
     panels = figure.subplots(len(suites), squeeze=False, height_ratios=heights)[:, 0]
     for axes, suite in zip(panels, suites, strict=True):
-        values = {name: figures[suite["figure"]] for name, figures in suite["figures"].items()}
-        medians = [statistics.median(value) for value in values.values()]
-        spread = [
-            [m - min(value) for m, value in zip(medians, values.values(), strict=True)],
-            [max(value) - m for m, value in zip(medians, values.values(), strict=True)],
-        ]
-        colours = ["#1a5fb4" if name.startswith("our") else "#9a9996" for name in values]
-        bars = axes.barh(list(values), medians, xerr=spread, color=colours, ecolor="#3d3846", capsize=3)
-        axes.bar_label(bars, [f" {median:.4g}" for median in medians], padding=6, fontsize=8)
-        axes.set_title(f"{suite['suite']}: {suite['title']}", loc="left", fontsize=10, fontweight="bold")
-        better = "more" if suite["figure"] == "images_per_second" else "less"
-        axes.set_xlabel(f"{suite['figure'].replace('_', ' ')} ({better} is better)", fontsize=9)
-        axes.tick_params(labelsize=9)
-        axes.invert_yaxis()
-        axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-    about = measurements["machine"]
+        _draw_bars(axes, suite)
+    about = results["machine"]
     figure.supxlabel(f"{about['processor']}, {about['cores']} cores", x=0.99, ha="right", fontsize=8, color="#5e5c64")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
+
+
+def _draw_bars(axes: "Axes", suite: dict[str, Any]) -> None:
+    metric = suite["figure"]
+    values = {name: metrics[metric] for name, metrics in suite["figures"].items()}
+    medians = [statistics.median(rounds) for rounds in values.values()]
+    below = [median - min(rounds) for median, rounds in zip(medians, values.values(), strict=True)]
+    above = [max(rounds) - median for median, rounds in zip(medians, values.values(), strict=True)]
+    colors = ["#1a5fb4" if name.startswith("trainer ") else "#9a9996" for name in values]
+    bars = axes.barh(list(values), medians, xerr=[below, above], color=colors, ecolor="#3d3846", capsize=3)
+    axes.bar_label(bars, [f" {median:.4g}" for median in medians], padding=6, fontsize=8)
+    axes.set_title(f"{suite['suite']}: {suite['title']}", loc="left", fontsize=10, fontweight="bold")
+    better = "more" if metric == "images_per_second" else "less"
+    axes.set_xlabel(f"{metric.replace('_', ' ')} ({better} is better)", fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.spines[["top", "right"]].set_visible(False)

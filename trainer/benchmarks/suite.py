@@ -1,73 +1,88 @@
-"""TODO."""
+"""The values that describe a benchmark suite, and the readings that every suite takes. Imports no TensorFlow."""
 
+import dataclasses
 import resource
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import tensorflow as tf
+if TYPE_CHECKING:
+    from trainer.runtime.devices import Devices
 
-from trainer.runtime.devices import Devices
-
-Values = dict[str, float]
+Metrics = dict[str, float]  # by name; the name contains the unit
 
 
 class Baseline(NamedTuple):
-    """One way to do the work of a suite. `measure()` does it once and returns figures by name, with their unit."""
+    """One implementation of the work of a suite. `measure()` runs it once and returns its metrics."""
 
     name: str
-    measure: Callable[[], Values]
+    measure: Callable[[], Metrics]
 
 
-class Target(NamedTuple):
-    """A bound on a ratio of two contenders' figures, taken round by round; `at_least` or else at most."""
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A bound on the ratio of one metric between two baselines; a lower bound if `at_least`, else an upper bound."""
 
-    text: str
-    figure: str
-    numerator: str
-    denominator: str
+    description: str
+    metric: str
+    numerator: str  # name of a baseline
+    denominator: str  # name of a baseline
     bound: float
     at_least: bool = True
 
+    def is_met(self, ratio: float) -> bool:
+        """Whether the ratio is within the bound."""
+        return ratio >= self.bound if self.at_least else ratio <= self.bound
 
-class Suite(NamedTuple):
-    """Contenders that do the same work. `figure` is the one that the chart shows; `left_out` says what is missing, why."""
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Baselines that do the same work.
+
+    `metric` is the one that the chart shows. `omitted` lists what is not measured, each with the reason or the limit.
+    """
 
     name: str
     title: str
-    figure: str
+    metric: str
     baselines: list[Baseline]
-    targets: list[Target]
-    left_out: list[str]
+    targets: list[Target] = dataclasses.field(default_factory=list)
+    omitted: list[str] = dataclasses.field(default_factory=list)
 
 
-def used() -> np.ndarray:
-    """Wall and CPU seconds so far, the latter of all threads and of children that have ended."""
-    times = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return np.array([time.monotonic(), sum(one.ru_utime + one.ru_stime for one in times)])
+class Usage(NamedTuple):
+    """Seconds of the wall clock, and CPU seconds of all threads and of the child processes that have ended."""
+
+    wall_seconds: float
+    cpu_seconds: float
 
 
-def rates(num_images: int, start: np.ndarray, end: np.ndarray) -> Values:
-    """Pictures per second, and CPU seconds per thousand."""
-    wall, cpu = end - start
-    return {"images_per_second": num_images / wall, "cpu_seconds_per_1000": 1000 * cpu / num_images}
+def read_usage() -> Usage:
+    """The usage of this process so far. Only differences between two readings have a meaning."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Usage(time.monotonic(), own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime)
 
 
-def one_device() -> Devices:
-    """This process' first device, without a strategy."""
-    gpus = tf.config.list_logical_devices("GPU")
-    device = (gpus or tf.config.list_logical_devices("CPU"))[0]
-    return Devices(tf.distribute.get_strategy(), "GPU" if gpus else "CPU", (device.name,), 1, 1, 0)
+def rates(num_images: int, start: Usage, end: Usage) -> Metrics:
+    """Images per second, and CPU seconds per 1,000 images, between two readings."""
+    return {
+        "images_per_second": num_images / (end.wall_seconds - start.wall_seconds),
+        "cpu_seconds_per_1000": 1000 * (end.cpu_seconds - start.cpu_seconds) / num_images,
+    }
 
 
-def once(prepare: Callable) -> Callable:
-    """`prepare`, called at the first use only, so that a suite is cheap to describe."""
-    made: list = []
+def one_device() -> "Devices":
+    """The first device of this process, without a distribution strategy."""
+    import tensorflow as tf
 
-    def get() -> Any:
-        if not made:
-            made.append(prepare())
-        return made[0]
+    from trainer.runtime.devices import Devices
 
-    return get
+    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    return Devices(
+        strategy=tf.distribute.get_strategy(),
+        kind=kind,
+        names=(tf.config.list_logical_devices(kind)[0].name,),
+        replicas=1,
+        local_replicas=1,
+        first_replica=0,
+    )

@@ -1,8 +1,10 @@
-"""What trainer.benchmark measures inside its own process: training steps and input pipelines, ours and others'.
+"""Suite `step`: training steps of ResNet50 with this project's loop, with Keras fit and with PyTorch.
 
-Shapes: N pictures, B in a batch, S pixels to a side.
+Shapes: B images in a batch, S pixels to a side.
 """
 
+import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 
@@ -10,110 +12,185 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.benchmarks.suite import Baseline, Suite, Target, Values, once, one_device, rates, used
+from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device, rates, read_usage
 from trainer.data import input_pipeline, sampler
 from trainer.models import resnet
+from trainer.runtime.devices import Devices
 from trainer.training.loop import TrainingLoop
 from trainer.training.optimizer import Recipe, make_optimizer
 
-# ---- steps
+LEARNING_RATE = 1e-6  # small enough that the loss stays finite on random images
+MAX_TURNS = 100  # `trainer loop on files` has input for this many measurements
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """The work of one measurement: `steps` batches of float [B, S, S, 3]."""
+
+    image_size: int
+    batch_size: int
+    steps: int
+
+    @property
+    def num_images(self) -> int:
+        """Images of one measurement."""
+        return self.steps * self.batch_size
+
+
+BuildNetwork = Callable[[str], resnet.Network]  # of a Keras dtype policy
+MakeIterator = Callable[[resnet.Network, Devices], Iterator]  # of batches as input_pipeline.batches makes them
 
 
 def step_suite(
     folder: str,
     paths: np.ndarray,
     *,
-    image_size: int,
-    batch_size: int,
-    steps: int,
-    half: str,
-    with_xla: bool,
-    build: Callable = resnet.build,
+    workload: Workload,
+    half_precision: str,
+    include_xla: bool,
+    build: Callable[..., resnet.Network] = resnet.build,
 ) -> Suite:
-    """ResNet50's training step, all layers, Adam, batch statistics held still: our loop and Keras' fit.
+    """Training steps of all layers of ResNet50 with Adam and frozen batch statistics.
 
-    Both get batches that lie in memory; `on files` reads `paths` below `folder` as a job does. `half` is the reduced
-    precision to measure beside float32, '' for none; `build` makes the network as trainer.model.build does.
+    The batches are in memory, except those of `trainer loop on files`, which come from `paths` below `folder` through
+    the input pipeline of a job. `half_precision` is the Keras dtype policy to measure in addition to float32, or ''.
+    `build` has the arguments of models.resnet.build.
     """
 
-    def network(precision: str) -> resnet.Network:
-        made = {
-            "num_classes": 2,
-            "image_size": image_size,
-            "weights": "none",
-            "head": "average",
-            "batch_norm": "frozen",
-        }
-        return build(**made, precision=precision, seed=0)
+    def build_network(precision: str) -> resnet.Network:
+        return build(
+            num_classes=2,
+            image_size=workload.image_size,
+            weights="none",
+            head="average",
+            precision=precision,
+            seed=0,
+            batch_norm="frozen",
+        )
 
-    shapes = {"image_size": image_size, "batch_size": batch_size, "steps": steps}
-    baselines, left_out = [], []
-    for precision in ["float32", *([half] if half else [])]:
-        for xla in [False, True] if with_xla else [False]:
-            name = f"{precision}{', XLA' if xla else ''}"
-            baselines.append(Baseline(f"our loop, {name}", _our_steps(network, None, precision, xla, **shapes)))
-            baselines.append(Baseline(f"Keras fit, {name}", _fit_steps(network, precision, xla, **shapes)))
-    main = half or "float32"
-    baselines.append(
-        Baseline(f"our loop on files, {main}", _our_steps(network, (folder, paths), main, False, **shapes))
-    )
-    source = next((name for name in ("torchvision", "transformers") if importlib.util.find_spec(name)), "")
-    if importlib.util.find_spec("torch") and source:
-        baselines.append(Baseline(f"PyTorch ResNet-50 of {source}, float32", _torch_steps(source, **shapes)))
+    in_memory = functools.partial(_memory_batches, workload=workload)
+    on_files = functools.partial(_file_batches, folder=folder, paths=paths, workload=workload)
+    trainer_steps = functools.partial(_trainer_steps, build_network, workload=workload)
+    keras_steps = functools.partial(_keras_steps, build_network, workload=workload)
+    baselines = []
+    for precision in ["float32", half_precision] if half_precision else ["float32"]:
+        for xla in [False, True] if include_xla else [False]:
+            name = f"{precision}, XLA" if xla else precision
+            measure_trainer = trainer_steps(in_memory, precision=precision, jit_compile=xla)
+            measure_keras = keras_steps(precision=precision, jit_compile=xla)
+            baselines.append(Baseline(f"trainer loop, {name}", measure_trainer))
+            baselines.append(Baseline(f"Keras fit, {name}", measure_keras))
+    best = half_precision or "float32"
+    measure_on_files = trainer_steps(on_files, precision=best, jit_compile=False)
+    baselines.append(Baseline(f"trainer loop on files, {best}", measure_on_files))
+    omitted = []
+    if package := _torch_model_package():
+        baselines.append(Baseline(f"PyTorch ResNet-50 of {package}, float32", _torch_steps(package, workload)))
     else:
-        left_out.append("PyTorch: torch, and torchvision or transformers, are not installed")
-    if not half:
-        left_out.append("half precision: the processor does not compute in bfloat16")
-    if not with_xla:
-        left_out.append("XLA: --noxla is set")
-    rate = "images_per_second"
+        omitted.append("PyTorch: torch, and torchvision or transformers, are not installed")
+    if not half_precision:
+        omitted.append("half precision: the processor does not compute in bfloat16")
+    if not include_xla:
+        omitted.append("XLA: --noxla is set")
+    return Suite(
+        name="step",
+        title=f"training steps of ResNet50, {workload.image_size} pixels, batches of {workload.batch_size}",
+        metric="images_per_second",
+        baselines=baselines,
+        targets=_targets(half_precision),
+        omitted=omitted,
+    )
+
+
+def _targets(half_precision: str) -> list[Target]:
+    best = half_precision or "float32"
     targets = [
-        Target("step rate against Keras fit, float32", rate, "our loop, float32", "Keras fit, float32", 1.0),
-        Target("real pictures against memory", rate, f"our loop on files, {main}", f"our loop, {main}", 0.97),
+        Target(
+            description="step rate, trainer loop / Keras fit, float32",
+            metric="images_per_second",
+            numerator="trainer loop, float32",
+            denominator="Keras fit, float32",
+            bound=1.0,
+        ),
+        Target(
+            description="step rate, trainer loop on files / in memory",
+            metric="images_per_second",
+            numerator=f"trainer loop on files, {best}",
+            denominator=f"trainer loop, {best}",
+            bound=0.97,
+        ),
     ]
-    if half:
-        text = f"step rate in {half} against Keras fit in float32"
-        targets.append(Target(text, rate, f"our loop, {half}", "Keras fit, float32", 1.4))
-    title = f"training steps of ResNet50, {image_size} pixels, batches of {batch_size}"
-    return Suite("step", title, rate, baselines, targets, left_out)
+    if half_precision:
+        targets.append(
+            Target(
+                description=f"step rate, trainer loop in {half_precision} / Keras fit in float32",
+                metric="images_per_second",
+                numerator=f"trainer loop, {half_precision}",
+                denominator="Keras fit, float32",
+                bound=1.4,
+            )
+        )
+    return targets
 
 
-def _our_steps(
-    build: Callable, files: tuple | None, precision: str, xla: bool, *, image_size: int, batch_size: int, steps: int
-) -> Callable[[], Values]:
-    @once
+def _trainer_steps(
+    build_network: BuildNetwork, make_iterator: MakeIterator, *, precision: str, jit_compile: bool, workload: Workload
+) -> Callable[[], Metrics]:
+    @functools.cache
     def prepare() -> tuple[TrainingLoop, Iterator]:
-        network, devices = build(precision), one_device()
-        recipe = Recipe("adam", 1e-6, "constant", 0.0, 0.0, 0.0, 0.0, 0.0)
-        optimizer = make_optimizer(recipe, epochs=1, steps_per_epoch=1, loss_scaling=precision == "mixed_float16")
-        layers = (network.backbone, network.head)
-        loop = TrainingLoop(*layers, optimizer, devices=devices, batch_size=batch_size, seed=0, jit_compile=xla)
-        if files:
-            folder, paths = files
-            index = np.arange(steps * batch_size * 100) % len(paths)
-            source = input_pipeline.FileSource(folder, paths[index], image_size, lambda index: None, is_jpeg=True)
-            finish = input_pipeline.BatchTransform("imagenet", None, network.backbone.compute_dtype)
-            layout = sampler.ordered_epoch(len(index), batch_size=batch_size, replicas=1)
-            labels = np.zeros(len(index), np.int32)
-            iterator = iter(input_pipeline.batches(layout, source, labels, finish=finish, devices=devices))
-        else:
-            iterator = iter(tf.data.Dataset.from_tensors(_batch(network, image_size, batch_size)).repeat())
-        loop.train_steps(iterator, 2, False)
+        network, devices = build_network(precision), one_device()
+        recipe = Recipe(optimizer="adam", learning_rate=LEARNING_RATE)
+        loop = TrainingLoop(
+            network.backbone,
+            network.head,
+            make_optimizer(recipe, epochs=1, steps_per_epoch=1, loss_scaling=precision == "mixed_float16"),
+            devices=devices,
+            batch_size=workload.batch_size,
+            seed=0,
+            jit_compile=jit_compile,
+        )
+        iterator = make_iterator(network, devices)
+        loop.train_steps(iterator, 2)
         return loop, iterator
 
-    def measure() -> Values:
+    def measure() -> Metrics:
         loop, iterator = prepare()
-        start = used()
-        done = loop.train_steps(iterator, steps, False)
-        end = used()
-        return {**rates(steps * batch_size, start, end), "input_wait_share": done.input_wait_seconds / (end - start)[0]}
+        start = read_usage()
+        results = loop.train_steps(iterator, workload.steps)
+        end = read_usage()
+        input_wait_share = results.input_wait_seconds / (end.wall_seconds - start.wall_seconds)
+        return {**rates(workload.num_images, start, end), "input_wait_share": input_wait_share}
 
     return measure
 
 
-def _batch(network: resnet.Network, image_size: int, batch_size: int) -> dict[str, tf.Tensor]:
-    """Noise as a batch of trainer.data.batches."""
-    shape = [batch_size, image_size, image_size, 3]
+def _memory_batches(network: resnet.Network, devices: Devices, *, workload: Workload) -> Iterator:
+    return iter(tf.data.Dataset.from_tensors(_noise_batch(network, workload)).repeat())
+
+
+def _file_batches(
+    network: resnet.Network, devices: Devices, *, folder: str, paths: np.ndarray, workload: Workload
+) -> Iterator:
+    repeated = paths[np.arange(MAX_TURNS * workload.num_images) % len(paths)]
+    source = input_pipeline.FileSource(
+        directory=folder,
+        paths=repeated,
+        image_size=workload.image_size,
+        on_unreadable=lambda index: None,
+        is_jpeg=True,
+    )
+    transform = input_pipeline.BatchTransform(
+        preprocessing="imagenet", augmentation_seed=None, dtype=network.backbone.compute_dtype
+    )
+    plan = sampler.ordered_epoch(len(repeated), batch_size=workload.batch_size, replicas=1)
+    labels = np.zeros(len(repeated), np.int32)
+    return iter(input_pipeline.batches(plan, source, labels, transform=transform, devices=devices))
+
+
+def _noise_batch(network: resnet.Network, workload: Workload) -> dict[str, tf.Tensor]:
+    """Noise in the form of a batch of input_pipeline.batches."""
+    batch_size = workload.batch_size
+    shape = [batch_size, workload.image_size, workload.image_size, 3]
     return {
         "x": tf.cast(tf.random.stateless_normal(shape, [1, 2], stddev=50), network.backbone.compute_dtype),
         "label": tf.range(batch_size) % 2,
@@ -124,61 +201,75 @@ def _batch(network: resnet.Network, image_size: int, batch_size: int) -> dict[st
     }
 
 
-def _fit_steps(
-    build: Callable, precision: str, xla: bool, *, image_size: int, batch_size: int, steps: int
-) -> Callable[[], Values]:
-    @once
+def _keras_steps(
+    build_network: BuildNetwork, *, precision: str, jit_compile: bool, workload: Workload
+) -> Callable[[], Metrics]:
+    @functools.cache
     def prepare() -> tuple[keras.Model, tf.data.Dataset]:
-        network = build(precision)
-        network.model.compile(keras.optimizers.Adam(1e-6), "categorical_crossentropy", metrics=["accuracy"],
-                              jit_compile=xla)  # fmt: skip
-        batch = _batch(network, image_size, batch_size)
+        network = build_network(precision)
+        network.model.compile(
+            optimizer=keras.optimizers.Adam(LEARNING_RATE),
+            loss="categorical_crossentropy",
+            metrics=["accuracy"],
+            jit_compile=jit_compile,
+        )
+        batch = _noise_batch(network, workload)
         dataset = tf.data.Dataset.from_tensors((batch["x"], tf.one_hot(batch["label"], 2))).repeat()
         network.model.fit(dataset, steps_per_epoch=2, verbose=0)
         return network.model, dataset
 
-    def measure() -> Values:
-        network, dataset = prepare()
-        start = used()
-        network.fit(dataset, steps_per_epoch=steps, verbose=0)
-        return rates(steps * batch_size, start, used())
+    def measure() -> Metrics:
+        model, dataset = prepare()
+        start = read_usage()
+        model.fit(dataset, steps_per_epoch=workload.steps, verbose=0)
+        return rates(workload.num_images, start, read_usage())
 
     return measure
 
 
-def _torch_steps(source: str, *, image_size: int, batch_size: int, steps: int) -> Callable[[], Values]:
-    @once
+def _torch_model_package() -> str:
+    """The installed package that provides ResNet-50 for PyTorch, or ''."""
+    if importlib.util.find_spec("torch"):
+        for package in ("torchvision", "transformers"):
+            if importlib.util.find_spec(package):
+                return package
+    return ""
+
+
+def _torch_steps(package: str, workload: Workload) -> Callable[[], Metrics]:
+    @functools.cache
     def prepare() -> Callable[[], None]:
         import torch
 
-        if source == "torchvision":
+        if package == "torchvision":
             import torchvision
 
             network = torchvision.models.resnet50(num_classes=2)
         else:
             import transformers
 
-            config = transformers.ResNetConfig(num_labels=2, return_dict=False)  # of 50 layers unless told otherwise
+            config = transformers.ResNetConfig(num_labels=2, return_dict=False)  # 50 layers by default
             network = transformers.ResNetForImageClassification(config)
-        network.eval()  # batch statistics held still
-        images, labels = torch.randn(batch_size, 3, image_size, image_size), torch.arange(batch_size) % 2
-        optimizer = torch.optim.Adam(network.parameters(), lr=1e-6)
+        network.eval()  # freezes the batch statistics
+        images = torch.randn(workload.batch_size, 3, workload.image_size, workload.image_size)
+        labels = torch.arange(workload.batch_size) % 2
+        optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
 
         def step() -> None:
             optimizer.zero_grad()
-            answer = network(images)
-            logits = answer[0] if isinstance(answer, tuple) else answer
+            output = network(images)
+            logits = output[0] if isinstance(output, tuple) else output
             torch.nn.functional.cross_entropy(logits, labels).backward()
             optimizer.step()
 
         step()
         return step
 
-    def measure() -> Values:
+    def measure() -> Metrics:
         step = prepare()
-        start = used()
-        for _ in range(steps):
+        start = read_usage()
+        for _ in range(workload.steps):
             step()
-        return rates(steps * batch_size, start, used())
+        return rates(workload.num_images, start, read_usage())
 
     return measure
