@@ -1,14 +1,14 @@
-# The job as a container: docker build --build-arg VARIANT=gpu --tag trainer .
+# The image of the job: docker build --build-arg VARIANT=gpu --tag trainer .
 #   docker run --gpus=all --shm-size=1g -v "$PWD/pictures:/data:ro" -v "$PWD/out:/job" --user "$(id -u):$(id -g)" \
 #     trainer --data_dir=/data --job_dir=/job --require_gpu
-# The second entry point serves what came out, also to Vertex AI (deploy/README.md):
+# The second entry point serves the exported model, also on Vertex AI (deploy/README.md):
 #   docker run -p 8080:8080 -v "$PWD/out:/job" --entrypoint python trainer \
 #     -m trainer.serve --model_dir=/job/saved_model --host=0.0.0.0
-# It needs nothing but a writable /tmp and job_dir: --read-only --tmpfs=/tmp --cap-drop=ALL.
+# Only /tmp and job_dir must be writable: --read-only --tmpfs=/tmp --cap-drop=ALL.
 #
-# A plain Python with CUDA from pip, and no image of TensorFlow's: tensorflow/tensorflow:2.18.0-gpu lacked cuDNN 9 and ran
-# on the CPU without a word (https://github.com/tensorflow/tensorflow/issues/81344). The driver comes from the host.
-# Any base with Python 3.11 to 3.13 and its venv will do; in production name one by digest.
+# The base is Python with CUDA from pip, not an image of TensorFlow: tensorflow/tensorflow:2.18.0-gpu lacked cuDNN 9 and ran
+# on the CPU without a warning (https://github.com/tensorflow/tensorflow/issues/81344). The host provides the driver.
+# Any base with Python 3.11 to 3.13 and venv works; in production, specify it by digest.
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS packages
@@ -16,8 +16,8 @@ ARG VARIANT=cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /build
 COPY deploy/image ./
-# Each package by version and hash, as `make lock` took them from setup.py and constraints.txt. pip stays outside the
-# environment that it fills, and the code comes later: a change of it is not to install TensorFlow again.
+# Each package is pinned by version and hash; `make lock` resolves them from setup.py and constraints.txt. pip stays outside
+# the environment that it fills. The code is copied later, so that a code change does not reinstall TensorFlow.
 RUN case "${VARIANT}" in cpu | gpu) ;; *) echo "VARIANT is '${VARIANT}': expected cpu or gpu" >&2; exit 2 ;; esac \
     && python3 -m venv pip \
     && python3 -m venv --without-pip /opt/venv \
@@ -26,8 +26,8 @@ RUN case "${VARIANT}" in cpu | gpu) ;; *) echo "VARIANT is '${VARIANT}': expecte
 FROM ${BASE_IMAGE}
 COPY --from=packages /opt/venv /opt/venv
 WORKDIR /app
-# What caches, looks for a home or leaves bytecode does so in /tmp, the one writable place. `compute` and `utility` are
-# what CUDA needs of the driver; which GPUs there are is for the caller to say, not for the image.
+# Caches, home directory and bytecode are in /tmp, the only writable folder. CUDA requires the driver capabilities `compute`
+# and `utility`; the caller chooses the GPUs, not the image.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
@@ -38,10 +38,10 @@ ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY deploy/flags deploy/flags
 COPY trainer trainer
-# By number, so that Kubernetes can see that it is not root (runAsNonRoot); any other number will do as well.
+# A numeric user, so that Kubernetes can verify runAsNonRoot. The image runs as any other user too.
 USER 65532:65532
 HEALTHCHECK NONE
-# The exec form: Python is process 1 and gets the SIGTERM on which the job saves and ends with 143.
+# The exec form: Python is process 1 and receives SIGTERM, on which the job writes a checkpoint and exits with code 143.
 ENTRYPOINT ["python3", "-m", "trainer.task"]
 
 ARG VERSION=0.1.0

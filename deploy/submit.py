@@ -1,12 +1,12 @@
-"""Submits a job to Vertex AI: one of deploy/vertex/*.yaml, with the names of deploy/vertex/settings.env in it.
+"""Submits a job to Vertex AI: a specification of deploy/vertex, with the values of deploy/vertex/settings.env.
 
     pip install '.[deploy]'
     python deploy/submit.py vertex --config=deploy/vertex/one-gpu.yaml --dry_run
-        shows what would be submitted, checked field by field against Vertex AI's own definition
+        prints what would be submitted, after checking each field against the API definition of Vertex AI
     python deploy/submit.py vertex --config=deploy/vertex/one-gpu.yaml
-        submits it and prints the job's name and its address in the console
+        submits it and prints the job's resource name and its URL in the console
 
-A variable of the environment wins over settings.env: `RUN=second python deploy/submit.py ...`.
+An environment variable overrides settings.env: `RUN=second python deploy/submit.py ...`.
 """
 
 import os
@@ -19,101 +19,103 @@ from typing import Any
 
 from absl import flags, logging
 
-from trainer import command
+from trainer import cli
 from trainer.errors import UserError
 
-SETTINGS = os.path.join(os.path.dirname(__file__), "vertex", "settings.env")
-ALWAYS_NEEDED = ("PROJECT", "REGION", "RUN")
+SETTINGS_PATH = os.path.join(os.path.dirname(__file__), "vertex", "settings.env")
+REQUIRED_SETTINGS = ("PROJECT", "REGION", "RUN")
 
 
 def define_flags() -> None:
-    """What to submit, and whether to."""
-    flags.DEFINE_string("config", "", "The job's specification, as in deploy/vertex.")
-    flags.DEFINE_string("settings", SETTINGS, "File of NAME=value lines that the specification's ${NAME} stand for.")
-    flags.DEFINE_boolean("dry_run", False, "Check everything and show the result, but submit nothing.")
+    """Defines the flags of this command."""
+    flags.DEFINE_string("config", "", "Specification of the job, such as deploy/vertex/one-gpu.yaml.")
+    flags.DEFINE_string("settings", SETTINGS_PATH, "File of NAME=value lines for each ${NAME} in the specification.")
+    flags.DEFINE_boolean("dry_run", False, "Check everything and print the result, but submit nothing.")
     flags.DEFINE_string(
         "api_endpoint",
         "",
-        "Where Vertex AI answers. Default: Google's, of the region. Over http:// without credentials.",
+        "Address of the Vertex AI API. Default: Google's endpoint of the region. http:// sends no credentials.",
     )
 
 
 def main(arguments: list[str]) -> int:
-    """Checks and submits the job that the flags name; returns the exit code."""
+    """Checks and submits the job that the flags describe; returns the exit code."""
     if arguments != ["vertex"]:
-        raise UserError(f"{' '.join(arguments) or 'no platform'} was given: write `vertex`; it is the only one so far.")
+        raise UserError(f"The arguments are {' '.join(arguments)!r}: pass `vertex`, the only supported platform.")
     if not flags.FLAGS.config:
         raise UserError("--config is not set: pass a specification, such as deploy/vertex/one-gpu.yaml.")
-    names = read_settings(_read(flags.FLAGS.settings, "--settings"), os.environ)
-    for name in ALWAYS_NEEDED:
-        if not names.get(name):
-            raise UserError(f"{name} has no value: write {name}=... into {flags.FLAGS.settings}, or export it.")
-    job = parse(_read(flags.FLAGS.config, "--config"), names, flags.FLAGS.config)
+    settings = read_settings(_read(flags.FLAGS.settings, "--settings"), os.environ)
+    for name in REQUIRED_SETTINGS:
+        if not settings.get(name):
+            raise UserError(f"{name} has no value: add {name}=... to {flags.FLAGS.settings}, or export it.")
+    job = parse(_read(flags.FLAGS.config, "--config"), settings, flags.FLAGS.config)
     _check_arguments(job)
     if flags.FLAGS.dry_run:
         print(_as_yaml(job), end="")
         return 0
-    name = submit(job, project=names["PROJECT"], region=names["REGION"], endpoint=flags.FLAGS.api_endpoint)
+    project, region = settings["PROJECT"], settings["REGION"]
+    name = submit(job, project=project, region=region, endpoint=flags.FLAGS.api_endpoint)
     job_id = name.rpartition("/")[2]
     print(name)
-    print(
-        f"https://console.cloud.google.com/vertex-ai/locations/{names['REGION']}/training/{job_id}"
-        f"?project={names['PROJECT']}"
-    )
+    print(f"https://console.cloud.google.com/vertex-ai/locations/{region}/training/{job_id}?project={project}")
     return 0
 
 
 def read_settings(text: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """The NAME=value lines of a file, each overridden by a variable of the environment. Raises UserError."""
-    names = {}
+    """Values by name of the NAME=value lines in `text`; a variable of `environment` overrides each.
+
+    Raises UserError for a line that a shell would read differently, since `envsubst` users source the same file.
+    """
+    settings = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         match = re.fullmatch(r"([A-Z][A-Z0-9_]*)=([^\s'\"$`\\]*)", line.strip())
         if not match:
             raise UserError(
-                f"Line {number} of the settings is {line!r}: write NAME=value without quotes, blanks or $, for a shell "
-                "reads the file too."
+                f"Line {number} of the settings is {line!r}: write NAME=value without quotes, spaces or $, because a "
+                "shell reads the file too."
             )
-        names[match[1]] = environment.get(match[1]) or match[2]
-    return names
+        settings[match[1]] = environment.get(match[1]) or match[2]
+    return settings
 
 
-def parse(text: str, names: dict[str, str], source: str) -> Any:
-    """The CustomJob or HyperparameterTuningJob that a specification describes.
+def parse(text: str, settings: dict[str, str], source: str) -> Any:
+    """The CustomJob or HyperparameterTuningJob that the specification `text` describes.
 
-    Raises UserError for a ${NAME} without a value, for YAML that is none and for fields that Vertex AI does not know.
+    Raises UserError, with `source` as the name of the file, for a ${NAME} without a value, for invalid YAML, and for
+    fields that Vertex AI does not define.
     """
     v1, yaml, json_format = _client()
     try:
-        fields = yaml.safe_load(string.Template(text).substitute(names))
+        fields = yaml.safe_load(string.Template(text).substitute(settings))
     except KeyError as error:
         raise UserError(
-            f"{source} has ${{{error.args[0]}}}, which has no value: write NAME=value into the file of --settings."
+            f"{source} has ${{{error.args[0]}}}, which has no value: add NAME=value to the file of --settings."
         ) from None
     except ValueError as error:
-        raise UserError(f"{source} has a lone $ ({error}): write ${{NAME}}, or $$ for the sign itself.") from None
+        raise UserError(f"{source} has a lone $ ({error}): write ${{NAME}}, or $$ for a literal $.") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{source} is no YAML: {error}.") from None
+        raise UserError(f"{source} is not valid YAML: {error}.") from None
     if not isinstance(fields, dict):
-        raise UserError(f"{source} holds {type(fields).__name__}: write the fields of a CustomJobSpec.")
+        raise UserError(f"{source} contains {type(fields).__name__}: write the fields of a CustomJobSpec.")
     kind = v1.HyperparameterTuningJob if "studySpec" in fields else v1.CustomJob
     fields = fields if "studySpec" in fields else {"jobSpec": fields}
     message = kind.pb()()
     try:
-        json_format.ParseDict({"displayName": names["RUN"], **fields}, message, ignore_unknown_fields=False)
+        json_format.ParseDict({"displayName": settings["RUN"], **fields}, message, ignore_unknown_fields=False)
     except json_format.ParseError as error:
-        raise UserError(f"{source} is not what Vertex AI takes: {error}.") from None
+        raise UserError(f"{source} is not a job that Vertex AI accepts: {error}.") from None
     return kind.wrap(message)
 
 
 def custom_job_spec(job: Any) -> Any:
-    """What one machine of the job does: the CustomJobSpec of a CustomJob, or that of a HyperparameterTuningJob's trials."""
+    """The CustomJobSpec of a CustomJob, or that of the trials of a HyperparameterTuningJob."""
     return job.job_spec if hasattr(job, "job_spec") else job.trial_job_spec
 
 
 def submit(job: Any, *, project: str, region: str, endpoint: str) -> str:
-    """Submits the job; returns its resource name. Raises UserError if Vertex AI refuses it."""
+    """Submits the job and returns its resource name. Raises UserError if Vertex AI rejects it (HTTP 4xx)."""
     v1, _, _ = _client()
     from google.api_core import exceptions
     from google.auth import exceptions as auth_exceptions
@@ -134,22 +136,22 @@ def submit(job: Any, *, project: str, region: str, endpoint: str) -> str:
         return client.create_custom_job(parent=parent, custom_job=job).name
     except auth_exceptions.DefaultCredentialsError:
         raise UserError("There are no credentials: run `gcloud auth application-default login`.") from None
-    except exceptions.ClientError as error:  # 4xx: to ask again would not help
-        raise UserError(f"Vertex AI refuses the job: {error.message}") from None
+    except exceptions.ClientError as error:  # 4xx: a retry fails in the same way
+        raise UserError(f"Vertex AI rejects the job: {error.message}") from None
 
 
 def _check_arguments(job: Any) -> None:
-    """Raises UserError if the trainer does not know an argument: better now than minutes later on a paid machine."""
+    """Raises UserError if the trainer rejects an argument, before a machine is paid for."""
     spec = custom_job_spec(job)
     for number, pool in enumerate(spec.worker_pool_specs):
         trainer = subprocess.run(
             [sys.executable, "-m", "trainer.task", *pool.container_spec.args, "--help"], capture_output=True, text=True
         )
-        if trainer.returncode == command.EXIT_USER_ERROR:
+        if trainer.returncode == cli.EXIT_USER_ERROR:
             reason = trainer.stderr.splitlines()[0].removeprefix("error: ")
-            raise UserError(f"The trainer refuses the args of worker pool {number}: {reason}")
+            raise UserError(f"The trainer rejects the args of worker pool {number}: {reason}")
         trainer.check_returncode()
-    logging.info("%d worker pools; the trainer knows all their arguments.", len(spec.worker_pool_specs))
+    logging.info("%d worker pools; the trainer accepts all their arguments.", len(spec.worker_pool_specs))
 
 
 def _as_yaml(job: Any) -> str:
@@ -162,11 +164,11 @@ def _read(path: str, flag: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except OSError as error:
-        raise UserError(f"{flag}={path} cannot be read ({error.strerror}): pass a file.") from None
+        raise UserError(f"{flag}={path} cannot be read ({error.strerror}): pass the path of a file.") from None
 
 
 def _client() -> Any:
-    """Vertex AI's client, PyYAML and protobuf's JSON; a UserError where they are not installed."""
+    """The Vertex AI client, PyYAML and protobuf's JSON module. Raises UserError if one is not installed."""
     try:
         import yaml
         from google.cloud import aiplatform_v1
@@ -177,4 +179,4 @@ def _client() -> Any:
 
 
 if __name__ == "__main__":
-    command.run(main, define_flags=define_flags)
+    cli.run(main, define_flags=define_flags)

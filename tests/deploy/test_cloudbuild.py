@@ -1,4 +1,4 @@
-"""cloudbuild.yaml is what Cloud Build takes: its own proto, its substitutions, an order of steps that can be."""
+"""cloudbuild.yaml is valid for Cloud Build: fields of its proto, substitutions, order of the steps."""
 
 import re
 
@@ -10,18 +10,31 @@ yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: pip install 
 cloudbuild = pytest.importorskip(
     "google.cloud.devtools.cloudbuild_v1.types", reason="google-cloud-build is not installed: pip install '.[dev]'"
 )
-from google.protobuf import json_format  # noqa: E402 - after the check that its packages are there
+from google.protobuf import json_format  # noqa: E402 - after the check that its packages are installed
 
 TEXT = (ROOT / "cloudbuild.yaml").read_text()
 # https://cloud.google.com/build/docs/configuring-builds/substitute-variable-values
 BUILT_IN = {
-    *("PROJECT_ID", "PROJECT_NUMBER", "BUILD_ID", "LOCATION", "TRIGGER_NAME", "COMMIT_SHA", "REVISION_ID", "SHORT_SHA"),
-    *("REPO_NAME", "REPO_FULL_NAME", "BRANCH_NAME", "TAG_NAME", "REF_NAME", "SERVICE_ACCOUNT", "SERVICE_ACCOUNT_EMAIL"),
+    "PROJECT_ID",
+    "PROJECT_NUMBER",
+    "BUILD_ID",
+    "LOCATION",
+    "TRIGGER_NAME",
+    "COMMIT_SHA",
+    "REVISION_ID",
+    "SHORT_SHA",
+    "REPO_NAME",
+    "REPO_FULL_NAME",
+    "BRANCH_NAME",
+    "TAG_NAME",
+    "REF_NAME",
+    "SERVICE_ACCOUNT",
+    "SERVICE_ACCOUNT_EMAIL",
 }
 
 
 def problems(text: str) -> list[str]:
-    """Everything that Cloud Build would refuse, or that would not do what it says."""
+    """Everything that Cloud Build rejects, and names that the Dockerfile or the Makefile does not define."""
     try:
         fields = yaml.safe_load(text)
         build = json_format.ParseDict(fields, cloudbuild.Build.pb()(), ignore_unknown_fields=False)
@@ -30,33 +43,33 @@ def problems(text: str) -> list[str]:
     del fields["substitutions"]
     used = set(re.findall(r"(?<!\$)\$\{?([A-Z_][A-Z0-9_]*)\}?", yaml.safe_dump(fields)))
     defined = set(build.substitutions)
-    found = [f"undefined: {name}" for name in used - defined - BUILT_IN]
-    found += [f"unused: {name}" for name in defined - used]
-    found += [f"a name of one's own starts with _: {name}" for name in defined if not name.startswith("_")]
+    errors = [f"undefined: {name}" for name in used - defined - BUILT_IN]
+    errors += [f"unused: {name}" for name in defined - used]
+    errors += [f"a user-defined name must start with _: {name}" for name in defined if not name.startswith("_")]
     before: set[str] = set()
     for step in build.steps:
         late = [name for name in step.wait_for if name not in before | {"-"}]
-        found += [f"{step.id} waits for {name}, which does not come before it" for name in late]
+        errors += [f"{step.id} waits for {name}, which is not an earlier step" for name in late]
         if not step.wait_for:
-            found.append(f"{step.id} does not say what it waits for")
+            errors.append(f"{step.id} has no waitFor")
         before.add(step.id)
     built = {argument.removeprefix("--tag=") for step in build.steps for argument in step.args if "--tag=" in argument}
-    found += [f"{image} is pushed, but not built" for image in build.images if image not in built]
+    errors += [f"{image} is pushed but not built" for image in build.images if image not in built]
     dockerfile = (ROOT / "Dockerfile").read_text()
     for name in re.findall(r"--build-arg=(\w+)=", text):
         if f"ARG {name}" not in dockerfile and name != "BUILDKIT_INLINE_CACHE":
-            found.append(f"the Dockerfile has no ARG {name}")
+            errors.append(f"the Dockerfile has no ARG {name}")
     for name in re.findall(r"--target=(\w+)", text):
         if f" AS {name}\n" not in dockerfile:
-            found.append(f"the Dockerfile has no stage {name}")
+            errors.append(f"the Dockerfile has no stage {name}")
     for step in build.steps:
         if step.entrypoint == "make":
             makefile = (ROOT / "Makefile").read_text()
-            found += [f"the Makefile has no {name}" for name in step.args if f"\n{name}:" not in makefile]
-    return found
+            errors += [f"the Makefile has no {name}" for name in step.args if f"\n{name}:" not in makefile]
+    return errors
 
 
-def test_cloud_build_would_take_it():
+def test_cloudbuild_yaml_has_no_problems():
     assert problems(TEXT) == []
 
 
@@ -79,14 +92,14 @@ def test_cloud_build_would_take_it():
         ("logging: CLOUD_LOGGING_ONLY", "loging: CLOUD_LOGGING_ONLY"),
     ],
 )
-def test_a_mistake_is_found(old, new):
+def test_an_error_is_detected(old, new):
     assert old in TEXT
     assert problems(TEXT.replace(old, new))
 
 
-def test_an_unknown_field_anywhere_is_refused():
+def test_an_unknown_field_anywhere_is_rejected():
     def insert(value):
-        """Each copy of the value with one unknown field in one of its objects."""
+        """Yields copies of the value, each with one unknown field in another of its objects."""
         if isinstance(value, dict):
             yield {**value, "unknownField": 1}
             for name, item in value.items():
@@ -102,11 +115,11 @@ def test_an_unknown_field_anywhere_is_refused():
         assert any("unknownField" in problem for problem in problems(yaml.safe_dump(changed)))
 
 
-def test_nothing_is_pushed_before_all_tests_have_passed():
+def test_the_image_is_pushed_after_all_tests_have_passed():
     steps = {step["id"]: step for step in yaml.safe_load(TEXT)["steps"]}
     pushing = [step for step in steps.values() if step.get("args", [""])[0] == "push"]
     assert pushing
     assert all("test" in step["waitFor"] for step in pushing)
     assert all(not step.get("allowFailure") for name, step in steps.items() if name != "cache")
-    # `images` are pushed when every step has ended well: none of them is done by hand.
+    # Cloud Build pushes `images` after every step has succeeded; no step pushes them itself.
     assert "picture-trainer:${_TAG}" not in yaml.safe_dump(pushing)

@@ -1,7 +1,8 @@
-"""The manifests in deploy/kubernetes: rendered by kubectl, validated strictly, understood by the trainer."""
+"""The manifests in deploy/kubernetes: rendered by kubectl, validated strictly, and accepted by the trainer."""
 
 import copy
 import itertools
+import re
 
 import pytest
 from absl import flags
@@ -18,74 +19,74 @@ SEVERAL_HOSTS = {"overlays/several-hosts", "overlays/jobset", "overlays/trainjob
 
 
 def mismatches(resources) -> list[str]:
-    """Where the trainer, started with those arguments in that environment, would not do what the manifests say."""
-    found = []
+    """Flags that the trainer rejects, and differences between the pods and the cluster that each pod resolves."""
+    errors = []
     pods = manifests.all_pods(resources)
-    hosts = list(itertools.chain.from_iterable(each.hosts for each in pods))
-    total = sum(each.count for each in pods)
+    hosts = list(itertools.chain.from_iterable(group.hosts for group in pods))
+    total = sum(group.count for group in pods)
     roles = []
-    for each in pods:
-        for environment in manifests.environments(each, resources):
+    for group in pods:
+        for environment in manifests.environments(group, resources):
             try:
-                trainer_flags.parse(manifests.arguments(each, environment))
+                trainer_flags.parse(manifests.arguments(group, environment))
                 roles.append(cluster.resolve(environment))
             except (flags.Error, UserError, ValueError) as error:
-                found.append(f"{each.name}: {error}")
-    ports = {port["containerPort"] for each in pods for port in each.container.get("ports", [])}
+                errors.append(f"{group.name}: {error}")
+    ports = {port["containerPort"] for group in pods for port in group.container.get("ports", [])}
     for role in roles:
         if role.workers != total:
-            found.append(f"{total} pods, but a worker thinks there are {role.workers}")
+            errors.append(f"{total} pods, but a worker resolves {role.workers}")
         if role.workers > 1 and list(role.addresses) != [f"{host}:{port}" for host in hosts for port in ports]:
-            found.append(f"pods listen at {hosts}, {ports}, but a worker looks for {role.addresses}")
+            errors.append(f"pods listen at {hosts}, {ports}, but a worker resolves {role.addresses}")
     if sorted(role.index for role in roles) != list(range(total)):
-        found.append(f"the workers are {sorted(role.index for role in roles)} of {total}")
+        errors.append(f"the indices of {total} workers are {sorted(role.index for role in roles)}")
     if sum(role.is_chief for role in roles) != 1:
-        found.append("there is not one chief")
-    return found + _network_problems(resources, pods, ports)
+        errors.append("there is not exactly one chief")
+    return errors + _network_problems(resources, pods, ports)
 
 
 def _network_problems(resources, pods, ports) -> list[str]:
-    """Services and network policies that do not let the workers through to each other."""
-    found = []
+    """Services and network policies that do not connect the workers."""
+    errors = []
     for resource in resources:
         spec = resource.get("spec", {})
         if resource["kind"] == "Service":
-            selected = [each for each in pods if spec["selector"].items() <= each.labels.items()]
+            selected = [group for group in pods if spec["selector"].items() <= group.labels.items()]
             if not selected or spec.get("clusterIP") != "None" or not spec.get("publishNotReadyAddresses"):
-                found.append(
-                    "the Service is not a headless one of these pods that publishes them before they are ready"
+                errors.append(
+                    "the Service does not select these pods, is not headless, or omits pods that are not ready"
                 )
             if {port["port"] for port in spec["ports"]} != ports:
-                found.append(f"the Service has other ports than {ports}")
+                errors.append(f"the Service does not have the ports {ports}")
         if resource["kind"] == "NetworkPolicy":
             (rule,) = spec["ingress"]
             labels = spec["podSelector"]["matchLabels"], rule["from"][0]["podSelector"]["matchLabels"]
-            if not all(label.items() <= each.labels.items() for label in labels for each in pods):
-                found.append("the NetworkPolicy does not select these pods")
+            if not all(label.items() <= group.labels.items() for label in labels for group in pods):
+                errors.append("the NetworkPolicy does not select these pods")
             if not ports <= {port["port"] for port in rule["ports"]}:
-                found.append(f"the NetworkPolicy does not open {ports}")
-    return found
+                errors.append(f"the NetworkPolicy does not open {ports}")
+    return errors
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_each_manifest_is_what_a_cluster_would_take(name):
+def test_each_manifest_has_no_problems(name):
     assert manifests.problems(manifests.render(name)) == []
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_the_trainer_understands_what_each_overlay_gives_its_pods(name):
+def test_the_trainer_accepts_arguments_and_environment_of_pods(name):
     resources = manifests.render(name)
     assert mismatches(resources) == []
     assert sum(pods.count for pods in manifests.all_pods(resources)) == (2 if name in SEVERAL_HOSTS else 1)
 
 
 def fields(value, path=()):
-    """Every object in a resource whose fields the API defines, with its path."""
+    """Yields each object in a resource whose fields the API defines, with its path."""
     if isinstance(value, list):
         for i, item in enumerate(value):
             yield from fields(item, (*path, i))
     elif isinstance(value, dict):
-        names_of_ours = {
+        user_defined = {
             "labels",
             "matchLabels",
             "data",
@@ -95,7 +96,7 @@ def fields(value, path=()):
             "selector",
             "nodeLabels",
         }
-        if path and path[-1] in names_of_ours:
+        if path and path[-1] in user_defined:
             return
         yield path, value
         for name, item in value.items():
@@ -103,7 +104,7 @@ def fields(value, path=()):
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_an_unknown_field_anywhere_is_refused(name):
+def test_an_unknown_field_anywhere_is_rejected(name):
     original = manifests.render(name)
     for number, resource in enumerate(original):
         for path, _ in fields(resource):
@@ -113,10 +114,10 @@ def test_an_unknown_field_anywhere_is_refused(name):
                 target = target[step]
             target["unknownField"] = "x"
             try:
-                found = list(manifests._schema_problems(changed))
+                errors = list(manifests.schema_problems(changed))
             except (KeyError, TypeError, ValueError) as error:
-                found = [str(error)]
-            assert found, f"{name}, resource {number}: unknownField in {path} is taken"
+                errors = [str(error)]
+            assert errors, f"{name}, resource {number}: unknownField in {path} is accepted"
 
 
 def argument_lists(value):
@@ -130,17 +131,17 @@ def argument_lists(value):
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_no_arguments_stand_where_the_trainer_would_not_get_them(name):
-    resources = manifests.started(manifests.render(name))
-    given = [pods.container["args"] for pods in manifests.all_pods(resources)]
-    assert list(argument_lists(resources)) == given
+def test_all_args_are_those_of_a_trainer_container(name):
+    resources = manifests.with_trial_jobs(manifests.render(name))
+    expected = [pods.container["args"] for pods in manifests.all_pods(resources)]
+    assert list(argument_lists(resources)) == expected
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_a_wrong_flag_anywhere_is_refused(name):
+def test_a_wrong_flag_anywhere_is_rejected(name):
     for wrong in ("--epoch=5", "--epochs=many", "--optimizer=adamm", "epochs", "--job_dir=$(JOB_DIRECTORY)"):
         for number in range(len(manifests.all_pods(manifests.render(name)))):
-            resources = manifests.started(manifests.render(name))
+            resources = manifests.with_trial_jobs(manifests.render(name))
             manifests.all_pods(resources)[number].container["args"].append(wrong)
             assert mismatches(resources), f"{name}: {wrong}"
 
@@ -152,7 +153,7 @@ def replace(text: str, old: str, new: str) -> list[dict]:
     return list(yaml.safe_load_all(text.replace(old, new)))
 
 
-WRONG = [
+ERRORS = [
     ("one-gpu", "restartPolicy: Never", "restartPolicy: Nevver"),
     ("one-gpu", "action: Ignore", "action: ignore"),
     ("one-gpu", "containerName: trainer", "containerName: tensorflow"),
@@ -205,18 +206,18 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "old", "new"), WRONG)
-def test_a_mistake_is_found(name, old, new):
-    resources = replace(manifests._rendered(f"overlays/{name}"), old, new)
+@pytest.mark.parametrize(("name", "old", "new"), ERRORS)
+def test_an_error_is_detected(name, old, new):
+    resources = replace(manifests.rendered_text(f"overlays/{name}"), old, new)
     try:
-        found = manifests.problems(resources) + mismatches(resources)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:  # too wrong to look any further
-        found = [str(error)]
-    assert found
+        errors = manifests.problems(resources) + mismatches(resources)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:  # the checks themselves cannot continue
+        errors = [str(error)]
+    assert errors
 
 
 def pod_failure_action(policy: dict, *, exit_code: int | None = None, is_disrupted: bool = False) -> str:
-    """What the Job controller does: the first rule that matches, else the failure counts."""
+    """The action of the Job controller: that of the first rule that matches, else the failure counts."""
     for rule in policy["rules"]:
         if "onExitCodes" in rule and rule["onExitCodes"]["operator"] == "In" and not is_disrupted:
             if exit_code in rule["onExitCodes"]["values"]:
@@ -227,24 +228,22 @@ def pod_failure_action(policy: dict, *, exit_code: int | None = None, is_disrupt
 
 
 @pytest.mark.parametrize("name", ["one-gpu", "several-hosts", "spot", "kueue", "volume", "production", "../katib"])
-def test_only_what_may_go_better_is_tried_again(name):
-    resources = manifests.started(manifests.render(f"overlays/{name}"))
+def test_a_job_is_not_retried_after_a_user_error(name):
+    resources = manifests.with_trial_jobs(manifests.render(f"overlays/{name}"))
     (job,) = [resource for resource in resources if resource["kind"] == "Job"]
     policy = job["spec"]["podFailurePolicy"]
     assert pod_failure_action(policy, exit_code=cli.EXIT_USER_ERROR) == "FailJob"
     assert pod_failure_action(policy, exit_code=cli.EXIT_STOPPED) == "Ignore"
     assert pod_failure_action(policy, exit_code=137, is_disrupted=True) == "Ignore"
     assert pod_failure_action(policy, exit_code=1) == "Count"
-    # The API server wants both of a Job with a podFailurePolicy.
+    # The API server requires both in a Job with a podFailurePolicy.
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
     assert job["spec"]["podReplacementPolicy"] == "Failed"
 
 
 @pytest.mark.parametrize(("name", "kind"), [("jobset", "JobSet"), ("trainjob", "TrainingRuntime")])
-def test_a_jobset_tells_the_users_mistake_from_preemption(name, kind):
-    import re
-
-    (resource,) = [each for each in manifests.render(f"overlays/{name}") if each["kind"] == kind]
+def test_a_jobset_distinguishes_user_errors_from_preemption(name, kind):
+    (resource,) = [resource for resource in manifests.render(f"overlays/{name}") if resource["kind"] == kind]
     spec = resource["spec"] if kind == "JobSet" else resource["spec"]["template"]["spec"]
     (job,) = spec["replicatedJobs"]
     policy = job["template"]["spec"]["podFailurePolicy"]
@@ -260,7 +259,7 @@ def test_a_jobset_tells_the_users_mistake_from_preemption(name, kind):
         assert pod_failure_action(policy, exit_code=exit_code) == "FailJob"
     assert pod_failure_action(policy, exit_code=1) == "Count"
     assert job["template"]["spec"]["backoffLimit"] == 0
-    # As the Job controller words it: pkg/controller/job/pod_failure_policy.go
+    # The messages of the Job controller: pkg/controller/job/pod_failure_policy.go
     failed = "Container trainer for pod pictures/trainer-0 failed with exit code {} matching FailJob rule at index {}"
     assert action(failed.format(2, 0)) == "FailJobSet"
     assert action(failed.format(143, 2)) == "RestartJobSetAndIgnoreMaxRestarts"
@@ -269,63 +268,59 @@ def test_a_jobset_tells_the_users_mistake_from_preemption(name, kind):
     assert action("Job has reached the specified backoff limit", "BackoffLimitExceeded") == "RestartJobSet"
 
 
-def test_the_pods_of_all_overlays_are_confined_in_the_same_way():
-    pods = [each for name in OVERLAYS for each in manifests.all_pods(manifests.render(name))]
-    for each in pods:
-        assert each.spec["securityContext"] == pods[0].spec["securityContext"]
-        assert each.container["securityContext"] == pods[0].container["securityContext"]
-        assert each.container["resources"] == pods[0].container["resources"]
-        assert each.container["args"][0] == pods[0].container["args"][0]
-        assert each.container["args"][1].startswith(
-            pods[0].container["args"][1]
-        )  # Katib's trials each have a folder in it
-        assert each.spec["serviceAccountName"] == "trainer"
+def test_the_pods_of_all_overlays_have_the_same_security_context():
+    pods = [group for name in OVERLAYS for group in manifests.all_pods(manifests.render(name))]
+    for group in pods:
+        assert group.spec["securityContext"] == pods[0].spec["securityContext"]
+        assert group.container["securityContext"] == pods[0].container["securityContext"]
+        assert group.container["resources"] == pods[0].container["resources"]
+        assert group.container["args"][0] == pods[0].container["args"][0]
+        # The trials of Katib have folders in the job_dir.
+        assert group.container["args"][1].startswith(pods[0].container["args"][1])
+        assert group.spec["serviceAccountName"] == "trainer"
 
 
-def test_the_namespace_refuses_pods_that_are_not_confined():
+def test_the_namespace_enforces_the_restricted_profile():
     (namespace,) = manifests.render("administrator")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
-    names = {each["metadata"]["namespace"] for name in OVERLAYS for each in manifests.render(name)}
+    names = {resource["metadata"]["namespace"] for name in OVERLAYS for resource in manifests.render(name)}
     assert names == {namespace["metadata"]["name"]}
 
 
-def test_production_names_its_image_by_digest():
+def test_the_production_overlay_uses_an_image_digest():
     (pods,) = manifests.all_pods(manifests.render("overlays/production"))
     assert "@sha256:" in pods.container["image"]
 
 
-def test_a_spot_pod_asks_for_no_more_time_than_it_gets():
+def test_the_grace_period_of_a_spot_pod_is_at_most_15_seconds():
     (pods,) = manifests.all_pods(manifests.render("overlays/spot"))
     assert pods.spec["terminationGracePeriodSeconds"] <= 15
     assert pods.spec["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
 
 
-def test_the_queue_that_a_job_names_is_there_and_covers_what_it_asks_for():
+def test_the_queue_of_a_job_exists_and_covers_its_resources():
     (job,) = [resource for resource in manifests.render("overlays/kueue") if resource["kind"] == "Job"]
     queues = {resource["kind"]: resource for resource in manifests.render("administrator-kueue")}
-    local, whole = queues["LocalQueue"], queues["ClusterQueue"]
+    local, cluster_wide = queues["LocalQueue"], queues["ClusterQueue"]
     assert job["spec"]["suspend"] is True
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]
     assert job["metadata"]["namespace"] == local["metadata"]["namespace"]
-    assert local["spec"]["clusterQueue"] == whole["metadata"]["name"]
-    (group,) = whole["spec"]["resourceGroups"]
+    assert local["spec"]["clusterQueue"] == cluster_wide["metadata"]["name"]
+    (group,) = cluster_wide["spec"]["resourceGroups"]
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    asked = set(container["resources"]["limits"]) | set(container["resources"]["requests"])
-    assert asked <= set(group["coveredResources"])
+    requested = set(container["resources"]["limits"]) | set(container["resources"]["requests"])
+    assert requested <= set(group["coveredResources"])
     assert group["flavors"][0]["name"] == queues["ResourceFlavor"]["metadata"]["name"]
 
 
-def test_katibs_trials_are_told_apart_share_features_and_stay_within_what_the_trainer_takes():
+def test_katib_trials_have_own_folders_and_share_features():
     (experiment,) = [resource for resource in manifests.render("katib") if resource["kind"] == "Experiment"]
     spec = experiment["spec"]
     for choose in (min, max):
         job = manifests.trial_job(experiment, choose)
         (container,) = job["spec"]["template"]["spec"]["containers"]
-        assert container["command"] == [
-            "python",
-            "-m",
-            "trainer.task",
-        ]  # else Katib asks the registry for the entry point
+        # Without a command, Katib looks up the entry point in the registry.
+        assert container["command"] == ["python", "-m", "trainer.task"]
         assert container["name"] == spec["trialTemplate"]["primaryContainerName"]
         arguments = dict(argument[2:].split("=") for argument in container["args"] if "=" in argument)
         assert arguments["job_dir"].endswith(job["metadata"]["name"])
@@ -337,25 +332,27 @@ def test_katibs_trials_are_told_apart_share_features_and_stay_within_what_the_tr
     )
 
 
-def test_every_tuner_looks_in_the_same_space():
+def test_all_tuners_have_the_search_space_of_trainer_tune():
     (experiment,) = [resource for resource in manifests.render("katib") if resource["kind"] == "Experiment"]
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: pip install '.[dev]'")
     vertex = yaml.safe_load((manifests.ROOT / "deploy" / "vertex" / "tuning.yaml").read_text())
     for parameter in experiment["spec"]["parameters"]:
         space = parameter["feasibleSpace"]
         expected = tune.SPACE[parameter["name"]]
-        if parameter["name"] in tune.CHOICES:
+        if not isinstance(expected, tune.FloatRange):
             assert tuple(map(int, space["list"])) == expected
         else:
-            found = float(space["min"]), float(space["max"]), space["distribution"] == "logUniform"
-            assert found == expected, parameter["name"]
+            is_logarithmic = space["distribution"] == "logUniform"
+            actual = tune.FloatRange(float(space["min"]), float(space["max"]), is_logarithmic)
+            assert actual == expected, parameter["name"]
     for parameter in vertex["studySpec"]["parameters"]:
         expected = tune.SPACE[parameter["parameterId"]]
-        if parameter["parameterId"] in tune.CHOICES:
+        if not isinstance(expected, tune.FloatRange):
             assert tuple(parameter["discreteValueSpec"]["values"]) == expected
         else:
             space = parameter["doubleValueSpec"]
-            found = space["minValue"], space["maxValue"], parameter["scaleType"] == "UNIT_LOG_SCALE"
-            assert found == expected, parameter["parameterId"]
+            is_logarithmic = parameter["scaleType"] == "UNIT_LOG_SCALE"
+            actual = tune.FloatRange(space["minValue"], space["maxValue"], is_logarithmic)
+            assert actual == expected, parameter["parameterId"]
     names = {parameter["name"] for parameter in experiment["spec"]["parameters"]}
     assert names == {parameter["parameterId"] for parameter in vertex["studySpec"]["parameters"]} == set(tune.SPACE)

@@ -1,4 +1,4 @@
-"""deploy/README.md names what is there, all of it, and nothing else."""
+"""deploy/README.md lists every file and overlay of deploy/, and names only files that exist."""
 
 import re
 
@@ -8,27 +8,27 @@ README = (ROOT / "deploy" / "README.md").read_text()
 
 
 def table(heading: str) -> set[str]:
-    """The first cells, in backquotes, of the tables under a heading."""
+    """The first cells, in backticks, of the tables under a heading."""
     section = README.split(f"## {heading}")[1].split("\n## ")[0]
     return set(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE))
 
 
-def test_every_specification_for_vertex_is_in_its_table():
+def test_the_vertex_table_lists_every_specification():
     assert table("Vertex AI") == {path.name for path in (ROOT / "deploy" / "vertex").glob("*.yaml")}
 
 
-def test_every_overlay_is_in_its_table():
+def test_the_kubernetes_table_lists_every_overlay():
     assert table("Kubernetes") == {path.name for path in (ROOT / "deploy" / "kubernetes" / "overlays").iterdir()}
 
 
-def test_every_file_that_a_command_names_is_there():
+def test_every_file_that_the_page_names_exists():
     named = set(re.findall(r"(?:deploy|tests)/[\w./-]*\w", README)) | {"cloudbuild.yaml"}
     assert len(named) >= 6
     for name in named:
         assert (ROOT / name).exists(), name
 
 
-def test_no_role_lets_anybody_do_everything():
+def test_no_role_is_owner_editor_or_admin():
     roles = set(re.findall(r"roles/[\w.]+", README))
     assert len(roles) >= 6
     assert not any(re.search(r"owner|editor|[aA]dmin", role) for role in roles)

@@ -1,4 +1,4 @@
-"""The specifications in deploy/vertex: parsed into Vertex AI's own protos, submitted by its own clients, to loopback."""
+"""The specifications in deploy/vertex: parsed into the protos of Vertex AI and submitted by its clients to an emulator."""
 
 import copy
 import importlib.util
@@ -28,12 +28,12 @@ pytest.importorskip(
 
 from google.protobuf import json_format  # noqa: E402
 
-from tests.support import vertex_emulator as loopback_vertex  # noqa: E402 - after the check that its packages are there
+from tests.support import vertex_emulator  # noqa: E402 - after the check that its packages are installed
 
 VERTEX = ROOT / "deploy" / "vertex"
 SPECS = sorted(path.name for path in VERTEX.glob("*.yaml"))
 MACHINES = {"one-gpu.yaml": 1, "eight-gpus.yaml": 1, "several-machines.yaml": 4, "spot.yaml": 1, "tuning.yaml": 1}
-# https://cloud.google.com/compute/docs/gpus: what each machine type carries
+# Accelerators of each machine type: https://cloud.google.com/compute/docs/gpus
 ACCELERATORS = {"g2-standard-8": ("NVIDIA_L4", 1), "a2-highgpu-8g": ("NVIDIA_TESLA_A100", 8)}
 
 
@@ -46,7 +46,7 @@ def submit():
 
 
 @pytest.fixture(scope="module")
-def names(submit):
+def settings(submit):
     return submit.read_settings((VERTEX / "settings.env").read_text(), {})
 
 
@@ -72,20 +72,19 @@ def key_paths(value, path=()):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_each_specification_is_a_proto_of_vertex_field_by_field(name, submit, names):
+def test_every_field_of_a_specification_is_in_the_parsed_proto(name, submit, settings):
     text = (VERTEX / name).read_text()
-    job = submit.parse(text, names, name)
-    fields = yaml.safe_load(string.Template(text).substitute(names))
+    job = submit.parse(text, settings, name)
+    fields = yaml.safe_load(string.Template(text).substitute(settings))
     parsed = json_format.MessageToDict(type(job).pb(job))
     known = set(key_paths(parsed if "studySpec" in fields else parsed["jobSpec"]))
-    # gcloud takes camelCase only, and a field that is not there after parsing says nothing.
-    assert {path for path in key_paths(fields) if path not in known} <= {
-        *(("studySpec", "parameters", i, "doubleValueSpec", "minValue") for i in range(5)),  # 0 is not written
-    }
+    # gcloud accepts camelCase only. protobuf omits a field with the default value, such as a minValue of 0.
+    zeros = {("studySpec", "parameters", i, "doubleValueSpec", "minValue") for i in range(5)}
+    assert {path for path in key_paths(fields) if path not in known} <= zeros
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_an_unknown_field_anywhere_is_refused(name, submit, names):
+def test_an_unknown_field_anywhere_is_rejected(name, submit, settings):
     original = yaml.safe_load((VERTEX / name).read_text())
     objects = {path[:-1] for path in key_paths(original) if isinstance(path[-1], str)}
     assert len(objects) >= 7
@@ -96,7 +95,7 @@ def test_an_unknown_field_anywhere_is_refused(name, submit, names):
             target = target[step]
         target["unknownField"] = 1
         with pytest.raises(UserError, match="unknownField"):
-            submit.parse(yaml.safe_dump(fields), names, name)
+            submit.parse(yaml.safe_dump(fields), settings, name)
 
 
 @pytest.mark.parametrize(
@@ -113,20 +112,22 @@ def test_an_unknown_field_anywhere_is_refused(name, submit, names):
         ("tuning.yaml", "scaleType: UNIT_LOG_SCALE", "scaleType: LOG"),
     ],
 )
-def test_a_mistake_is_refused_in_one_line(name, old, new, submit, names):
+def test_an_error_in_a_specification_is_rejected(name, old, new, submit, settings):
     text = (VERTEX / name).read_text()
     assert old in text
     with pytest.raises(UserError):
-        submit.parse(text.replace(old, new), names, name)
+        submit.parse(text.replace(old, new), settings, name)
 
 
 def environments(job, spec) -> list[dict[str, str]]:
-    """What Vertex AI sets on each machine of the job.
+    """The variables that Vertex AI sets on each machine of the job, in its two forms.
 
     https://cloud.google.com/vertex-ai/docs/training/distributed-training#cluster-variables
     https://cloud.google.com/vertex-ai/docs/training/code-requirements#environment-variables
     """
-    base = spec.base_output_directory.output_uri_prefix + ("" if hasattr(job, "job_spec") else "/7")  # a trial's number
+    base = spec.base_output_directory.output_uri_prefix + (
+        "" if hasattr(job, "job_spec") else "/7"
+    )  # 7: the number of a trial
     folders = {
         "AIP_MODEL_DIR": f"{base}/model/",
         "AIP_CHECKPOINT_DIR": f"{base}/checkpoints/",
@@ -136,7 +137,7 @@ def environments(job, spec) -> list[dict[str, str]]:
         f"workerpool{number}": [f"cmle-training-workerpool{number}-abc-{i}:2222" for i in range(pool.replica_count)]
         for number, pool in enumerate(spec.worker_pool_specs)
     }
-    found = []
+    variables = []
     for pool, addresses in pools.items():
         for i in range(len(addresses)):
             cluster_spec = {"cluster": pools, "task": {"type": pool, "index": i}, "environment": "cloud"}
@@ -146,48 +147,45 @@ def environments(job, spec) -> list[dict[str, str]]:
                 "task": {"type": role, "index": i},
             }
             both = {"CLUSTER_SPEC": json.dumps(cluster_spec), "TF_CONFIG": json.dumps(tf_config)}
-            found += [folders | both, folders | {"CLUSTER_SPEC": both["CLUSTER_SPEC"]}]
-    return found
+            variables += [folders | both, folders | {"CLUSTER_SPEC": both["CLUSTER_SPEC"]}]
+    return variables
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_the_trainer_understands_what_each_specification_gives_it(name, submit, names):
-    job = submit.parse((VERTEX / name).read_text(), names, name)
+def test_the_trainer_accepts_arguments_and_environment_of_vertex(name, submit, settings):
+    job = submit.parse((VERTEX / name).read_text(), settings, name)
     pools = submit.custom_job_spec(job).worker_pool_specs
     assert sum(pool.replica_count for pool in pools) == MACHINES[name]
-    assert pools[0].replica_count == 1, "Vertex AI takes one machine in the first pool"
+    assert pools[0].replica_count == 1, "Vertex AI requires one machine in the first pool"
     for pool in pools:
         machine = pool.machine_spec
         assert ACCELERATORS[machine.machine_type] == (machine.accelerator_type.name, machine.accelerator_count)
         assert pool.container_spec.args == pools[0].container_spec.args, "all workers must run the same job"
         assert "--require_gpu" in pool.container_spec.args
-    settings = trainer_flags.parse(list(pools[0].container_spec.args))
-    everyone = environments(job, submit.custom_job_spec(job))
-    roles = [cluster.resolve(environment) for environment in everyone]
+    config = trainer_flags.parse(list(pools[0].container_spec.args))
+    variables = environments(job, submit.custom_job_spec(job))
+    roles = [cluster.resolve(environment) for environment in variables]
     assert {role.workers for role in roles} == {MACHINES[name]}
     assert sorted({role.index for role in roles}) == list(range(MACHINES[name]))
     assert len({role.addresses for role in roles}) == 1
-    complete = task.with_environment(settings, everyone[0])
+    complete = task.with_environment(config, variables[0])
     base = "gs://my-bucket/jobs/first" + ("/7" if name == "tuning.yaml" else "")
     assert complete.job_dir == base
     assert complete.model_dir == f"{base}/model"
-    assert settings.batch_size % sum(pool.machine_spec.accelerator_count * pool.replica_count for pool in pools) == 0
+    assert config.batch_size % sum(pool.machine_spec.accelerator_count * pool.replica_count for pool in pools) == 0
 
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("wrong", ["--epoch=5", "--epochs=many", "--optimizer=adamm"])
-def test_a_wrong_flag_anywhere_is_refused(name, wrong, submit, names):
-    for number in range(
-        len(submit.custom_job_spec(submit.parse((VERTEX / name).read_text(), names, name)).worker_pool_specs)
-    ):
-        job = submit.parse((VERTEX / name).read_text(), names, name)
-        submit.custom_job_spec(job).worker_pool_specs[number].container_spec.args.append(wrong)
+def test_a_wrong_flag_anywhere_is_rejected(name, wrong, submit, settings):
+    job = submit.parse((VERTEX / name).read_text(), settings, name)
+    for pool in submit.custom_job_spec(job).worker_pool_specs:
         with pytest.raises(flags.Error):
-            trainer_flags.parse(list(submit.custom_job_spec(job).worker_pool_specs[number].container_spec.args))
+            trainer_flags.parse([*pool.container_spec.args, wrong])
 
 
-def test_the_tuned_parameters_are_flags_and_their_bounds_are_allowed(submit, names):
-    job = submit.parse((VERTEX / "tuning.yaml").read_text(), names, "tuning.yaml")
+def test_tuned_parameters_are_flags_that_accept_their_bounds(submit, settings):
+    job = submit.parse((VERTEX / "tuning.yaml").read_text(), settings, "tuning.yaml")
     (pool,) = job.trial_job_spec.worker_pool_specs
     for end in (min, max):
         values = {}
@@ -197,13 +195,13 @@ def test_the_tuned_parameters_are_flags_and_their_bounds_are_allowed(submit, nam
             else:
                 bounds = [int(value) for value in parameter.discrete_value_spec.values]
             values[parameter.parameter_id] = end(bounds)
-        settings = trainer_flags.parse([*pool.container_spec.args, *(f"--{k}={v}" for k, v in values.items())])
-        assert {name: getattr(settings, name) for name in values} == values
+        config = trainer_flags.parse([*pool.container_spec.args, *(f"--{k}={v}" for k, v in values.items())])
+        assert {name: getattr(config, name) for name in values} == values
 
 
 @pytest.mark.parametrize("name", ["several-machines.yaml", "tuning.yaml"])
-def test_the_real_client_submits_the_job(name, names):
-    with loopback_vertex.serve() as (url, requests):
+def test_the_vertex_client_submits_the_job(name, settings):
+    with vertex_emulator.run() as (url, requests):
         done = run_submit("vertex", f"--config=deploy/vertex/{name}", f"--api_endpoint={url}", RUN="second")
     assert done.returncode == 0, done.stderr
     (request,) = requests
@@ -215,31 +213,31 @@ def test_the_real_client_submits_the_job(name, names):
     assert done.stdout.startswith(f"projects/my-project/locations/us-central1/{kind}/1000\nhttps://console.cloud")
 
 
-def test_a_dry_run_submits_nothing_and_shows_all(submit, names):
-    with loopback_vertex.serve() as (url, requests):
+def test_a_dry_run_submits_nothing_and_prints_the_job(submit, settings):
+    with vertex_emulator.run() as (url, requests):
         done = run_submit("vertex", "--config=deploy/vertex/spot.yaml", f"--api_endpoint={url}", "--dry_run")
     assert done.returncode == 0
     assert requests == []
-    shown = yaml.safe_load(done.stdout)
-    job = submit.parse((VERTEX / "spot.yaml").read_text(), names, "spot.yaml")
-    assert shown == json_format.MessageToDict(type(job).pb(job))
+    printed = yaml.safe_load(done.stdout)
+    job = submit.parse((VERTEX / "spot.yaml").read_text(), settings, "spot.yaml")
+    assert printed == json_format.MessageToDict(type(job).pb(job))
 
 
 @pytest.mark.slow
-def test_what_the_user_must_change_is_told_in_one_line_with_exit_code_2(tmp_path):
+def test_each_user_error_is_one_line_with_exit_code_2(tmp_path):
     text = (VERTEX / "one-gpu.yaml").read_text()
     wrong_flag = tmp_path / "wrong.yaml"
     wrong_flag.write_text(text.replace("--epochs=5", "--epoch=5"))
     empty = tmp_path / "empty.env"
     empty.write_text("REGION=us-central1\n")
-    with loopback_vertex.serve(refuse_with=403) as (url, _):
+    with vertex_emulator.run(reject_with=403) as (url, _):
         cases = {
-            "no platform": run_submit("--dry_run"),
+            "pass `vertex`": run_submit("--dry_run"),
             "--config is not set": run_submit("vertex"),
             "cannot be read": run_submit("vertex", "--config=nowhere.yaml"),
             "'epoch'": run_submit("vertex", f"--config={wrong_flag}", "--dry_run"),
             "PROJECT has no value": run_submit("vertex", f"--config={wrong_flag}", f"--settings={empty}"),
-            "refused for the test": run_submit(
+            "rejected for the test": run_submit(
                 "vertex", "--config=deploy/vertex/one-gpu.yaml", f"--api_endpoint={url}"
             ),
         }
@@ -249,7 +247,7 @@ def test_what_the_user_must_change_is_told_in_one_line_with_exit_code_2(tmp_path
         assert expected in next(line for line in done.stderr.splitlines() if line.startswith("error: "))
 
 
-def test_settings_that_a_shell_would_read_differently_are_refused(submit):
+def test_settings_that_a_shell_reads_differently_are_rejected(submit):
     assert submit.read_settings("# x\n\nA=b-c/d:1\n", {"A": ""}) == {"A": "b-c/d:1"}
     assert submit.read_settings("A=b\n", {"A": "c"}) == {"A": "c"}
     for line in ("A=$(rm -rf x)", "A='b'", "A = b", "export A=b", "a=b"):
@@ -258,7 +256,7 @@ def test_settings_that_a_shell_would_read_differently_are_refused(submit):
 
 
 def gcloud(url: str, folder: pathlib.Path, *arguments) -> subprocess.CompletedProcess:
-    """The real gcloud with a configuration, a token and an address that exist for this test alone."""
+    """Runs gcloud against `url`, with its configuration and token in `folder`."""
     program = shutil.which("gcloud")
     if not program:
         pytest.skip("no gcloud on the PATH: https://cloud.google.com/sdk/docs/install")
@@ -279,12 +277,12 @@ def gcloud(url: str, folder: pathlib.Path, *arguments) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_gcloud_submits_what_envsubst_makes_of_a_specification(name, names, tmp_path):
-    text = string.Template((VERTEX / name).read_text()).substitute(names)
+def test_gcloud_submits_each_specification(name, settings, tmp_path):
+    text = string.Template((VERTEX / name).read_text()).substitute(settings)
     (tmp_path / "job.yaml").write_text(text)
     kind = "hp-tuning-jobs" if name == "tuning.yaml" else "custom-jobs"
     arguments = ["ai", kind, "create", "--display-name=first", f"--config={tmp_path / 'job.yaml'}"]
-    with loopback_vertex.serve() as (url, requests):
+    with vertex_emulator.run() as (url, requests):
         counts = [] if kind == "custom-jobs" else ["--max-trial-count=20", "--parallel-trial-count=4"]
         done = gcloud(url, tmp_path, *arguments, *counts)
     assert done.returncode == 0, done.stderr
@@ -294,45 +292,52 @@ def test_gcloud_submits_what_envsubst_makes_of_a_specification(name, names, tmp_
     sent = sent if kind == "hp-tuning-jobs" else sent["jobSpec"]
     for path in key_paths(fields):
         if path[-1] in ("imageUri", "args", "outputUriPrefix", "timeout", "strategy", "machineType"):
-            wanted, got = fields, sent
+            expected, actual = fields, sent
             for step in path:
-                wanted, got = wanted[step], got[step]
-            assert got == wanted, path
+                expected, actual = expected[step], actual[step]
+            assert actual == expected, path
 
 
 README = (ROOT / "deploy" / "README.md").read_text().replace("\\\n", " ")
 UPLOADS = re.findall(r"^gcloud (ai models upload .*)$", README, re.MULTILINE)
 
 
-def upload_words(line: str, names: dict[str, str]) -> list[str]:
-    return shlex.split(string.Template(line).safe_substitute(names))
+def upload_words(line: str, settings: dict[str, str]) -> list[str]:
+    return shlex.split(string.Template(line).safe_substitute(settings))
 
 
-def test_the_model_is_served_by_the_command_and_routes_that_the_readme_uploads(names):
-    ours, theirs = (upload_words(line, names) for line in UPLOADS)
-    options = dict(word.removeprefix("--container-").split("=", 1) for word in ours if word.startswith("--container-"))
-    assert options.pop("image-uri") == names["IMAGE"]
+def test_trainer_serve_accepts_the_environment_of_an_uploaded_model(settings):
+    trainer_serve, tf_serving = (upload_words(line, settings) for line in UPLOADS)
+    options = dict(
+        word.removeprefix("--container-").split("=", 1) for word in trainer_serve if word.startswith("--container-")
+    )
+    assert options.pop("image-uri") == settings["IMAGE"]
     assert options.pop("command") == "python3,-m,trainer.serve"
     environment = {
-        **{"AIP_HTTP_PORT": options.pop("ports"), "AIP_STORAGE_URI": "gs://bucket/model"},
-        **{"AIP_PREDICT_ROUTE": options.pop("predict-route"), "AIP_HEALTH_ROUTE": options.pop("health-route")},
+        "AIP_HTTP_PORT": options.pop("ports"),
+        "AIP_STORAGE_URI": "gs://bucket/model",
+        "AIP_PREDICT_ROUTE": options.pop("predict-route"),
+        "AIP_HEALTH_ROUTE": options.pop("health-route"),
     }
     assert not options
     assert serve.with_environment({}, set(), environment) == {
-        **{"host": "0.0.0.0", "port": 8080, "model_dir": "gs://bucket/model"},
-        **{"predict_route": "/predict", "health_route": "/health"},
+        "host": "0.0.0.0",
+        "port": 8080,
+        "model_dir": "gs://bucket/model",
+        "predict_route": "/predict",
+        "health_route": "/health",
     }
-    assert any(word.endswith("/training/serving:2.21.0") for word in theirs)
+    assert any(word.endswith("/training/serving:2.21.0") for word in tf_serving)
 
 
 @pytest.mark.parametrize(
     ("line", "port"), [*zip(UPLOADS, (8080, 8501), strict=True)], ids=["trainer.serve", "tf-serving"]
 )
-def test_gcloud_uploads_the_model_as_the_readme_says(tmp_path, names, line, port):
-    arguments = [word for word in upload_words(line, names) if not word.startswith("--region")]
-    with loopback_vertex.serve() as (url, requests):
+def test_gcloud_uploads_the_model_with_the_readme_command(tmp_path, settings, line, port):
+    arguments = [word for word in upload_words(line, settings) if not word.startswith("--region")]
+    with vertex_emulator.run() as (url, requests):
         done = gcloud(url, tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
     model = requests[0].message.model
-    assert model.artifact_uri == f"gs://{names['BUCKET']}/jobs/{names['RUN']}/model"
+    assert model.artifact_uri == f"gs://{settings['BUCKET']}/jobs/{settings['RUN']}/model"
     assert [one.container_port for one in model.container_spec.ports] == [port]

@@ -1,4 +1,4 @@
-"""A stand-in for Vertex AI on loopback: each body is parsed into the real proto, and unknown fields are refused."""
+"""An emulator of the Vertex AI API on loopback: parses each body into the proto and rejects unknown fields."""
 
 import contextlib
 import http.server
@@ -21,16 +21,16 @@ _UPLOAD = re.compile(r"/v1(?:beta1)?/(projects/[^/]+/locations/[^/]+)/models:upl
 
 
 class Request(NamedTuple):
-    """What was asked for, and with what credentials."""
+    """An accepted request."""
 
     path: str
     message: object  # the proto
-    authorization: str
+    authorization: str  # the header
 
 
 @contextlib.contextmanager
-def serve(*, refuse_with: int | None = None) -> Iterator[tuple[str, list[Request]]]:
-    """Yields the address and the list of accepted requests; with `refuse_with`, answers everything with that status."""
+def run(*, reject_with: int | None = None) -> Iterator[tuple[str, list[Request]]]:
+    """Yields the URL and the list of accepted requests; with `reject_with`, responds to all with that status."""
     requests: list[Request] = []
     ids = itertools.count(1000)
 
@@ -41,14 +41,14 @@ def serve(*, refuse_with: int | None = None) -> Iterator[tuple[str, list[Request
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path = self.path.partition("?")[0]
             match = _CREATE.fullmatch(path)
-            if refuse_with:
-                self.answer(refuse_with, {"error": {"code": refuse_with, "message": "refused for the test"}})
+            if reject_with:
+                self.respond(reject_with, {"error": {"code": reject_with, "message": "rejected for the test"}})
             elif match and match[2] in _KINDS:
                 job = self.parse(body, _KINDS[match[2]].pb()())
                 if job is not None:
                     requests.append(Request(path, job, self.headers.get("Authorization", "")))
                     job.name, job.state = f"{match[1]}/{match[2]}/{next(ids)}", 2
-                    self.answer(200, json_format.MessageToDict(job))
+                    self.respond(200, json_format.MessageToDict(job))
             elif match := _UPLOAD.fullmatch(path):
                 upload = self.parse(body, aiplatform_v1.UploadModelRequest.pb()())
                 if upload is not None:
@@ -56,18 +56,18 @@ def serve(*, refuse_with: int | None = None) -> Iterator[tuple[str, list[Request
                     kind = "type.googleapis.com/google.cloud.aiplatform.v1.UploadModelResponse"
                     response = {"@type": kind, "model": f"{match[1]}/models/{next(ids)}"}
                     name = f"{match[1]}/operations/{next(ids)}"
-                    self.answer(200, {"name": name, "done": True, "response": response})
+                    self.respond(200, {"name": name, "done": True, "response": response})
             else:
-                self.answer(404, {"error": {"code": 404, "message": f"no such path: {path}"}})
+                self.respond(404, {"error": {"code": 404, "message": f"no such path: {path}"}})
 
         def parse(self, body: bytes, message):
             try:
                 return json_format.Parse(body or b"{}", message, ignore_unknown_fields=False)
             except json_format.ParseError as error:
-                self.answer(400, {"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": str(error)}})
+                self.respond(400, {"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": str(error)}})
                 return None
 
-        def answer(self, status: int, value) -> None:
+        def respond(self, status: int, value) -> None:
             data = json.dumps(value).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
