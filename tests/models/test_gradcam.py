@@ -1,18 +1,20 @@
-"""A heat map lights up where the picture holds what decided its class."""
+"""Heat maps of a network whose decisive regions are known."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
+from trainer.data.preprocessing import decode_image, preprocess
 from trainer.models import gradcam, resnet
 
-SIZE, CELLS = 32, 8  # pixels to a side; places of the last convolution to a side
+SIZE, CELLS = 32, 8  # height and width of an image in pixels, and of the convolution's output
 RED, BLUE = (250, 0, 0), (0, 0, 250)
 
 
 def make_network(head: str, precision: str = "float32") -> resnet.Network:
-    """Class 0 is red, class 1 is blue: one channel of the only convolution sees each."""
+    """Class 0 is red, class 1 is blue. The convolution has one channel for each."""
     keras.config.set_dtype_policy(precision)
     inputs = keras.Input([SIZE, SIZE, 3])
     x = keras.layers.Conv2D(2, 4, strides=4, use_bias=False, activation="relu", name="convolution")(inputs)
@@ -27,20 +29,20 @@ def make_network(head: str, precision: str = "float32") -> resnet.Network:
     return network
 
 
-def picture_of(patches: dict[tuple[int, int], tuple[int, int, int]]) -> np.ndarray:
-    """Dark float32 [1, S, S, 3] with patches of 8 x 8 pixels, by the row and column of their first cell."""
+def make_pixels(patches: dict[tuple[int, int], tuple[int, int, int]]) -> np.ndarray:
+    """A dark float32 [1, S, S, 3] with patches of 8 x 8 pixels, by the row and column of their first cell."""
     pixels = np.full([1, SIZE, SIZE, 3], 5, np.float32)
-    for (row, column), colour in patches.items():
-        pixels[0, 4 * row : 4 * row + 8, 4 * column : 4 * column + 8] = colour
+    for (row, column), color in patches.items():
+        pixels[0, 4 * row : 4 * row + 8, 4 * column : 4 * column + 8] = color
     return pixels
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("head", ["average", "flatten"])
-def test_the_patch_that_decides_the_class_lights_up_and_the_other_class_does_not(head, precision):
+def test_only_regions_of_the_predicted_class_are_hot(head, precision):
     network = make_network(head, precision)
-    # Two red patches against one blue: red it is, and only red is why.
-    pixels = picture_of({(0, 1): RED, (5, 6): RED, (2, 4): BLUE})
+    # Two red patches and one blue: red is predicted, and the red patches are the reason.
+    pixels = make_pixels({(0, 1): RED, (5, 6): RED, (2, 4): BLUE})
     probabilities, heat = gradcam.explain(network, pixels)
     assert probabilities.dtype == heat.dtype == tf.float32
     np.testing.assert_allclose(probabilities, network.model(pixels), atol=1e-3)
@@ -51,23 +53,24 @@ def test_the_patch_that_decides_the_class_lights_up_and_the_other_class_does_not
     assert heat.numpy()[0][~is_red].max() < 0.05
 
 
-def test_places_that_a_flatten_head_does_not_look_at_stay_dark():
+def test_regions_that_a_flatten_head_ignores_are_cold():
     network = make_network("flatten")
     weights = network.head.layers[-1].get_weights()[0].reshape(CELLS, CELLS, 2, 2)
     weights[:, CELLS // 2 :] = 0
     network.head.layers[-1].set_weights([weights.reshape(-1, 2), np.zeros(2, np.float32)])
-    heat = gradcam.heatmaps(network, picture_of({(3, 1): RED, (3, 5): RED})).numpy()[0]
+    heat = gradcam.heatmaps(network, make_pixels({(3, 1): RED, (3, 5): RED})).numpy()[0]
     assert heat[3:5, 1:3].min() == 1
     assert heat[:, CELLS // 2 :].max() == 0
 
 
-def test_a_picture_that_speaks_for_no_class_has_a_map_of_zeros():
-    assert gradcam.heatmaps(make_network("average"), np.zeros([2, SIZE, SIZE, 3], np.float32)).numpy().max() == 0
+def test_an_image_without_evidence_has_a_map_of_zeros():
+    heat = gradcam.heatmaps(make_network("average"), np.zeros([2, SIZE, SIZE, 3], np.float32))
+    assert heat.numpy().max() == 0
 
 
-def test_each_picture_of_a_batch_gets_its_own_map_also_from_a_saved_model(tmp_path):
+def test_a_saved_model_gives_each_image_of_a_batch_its_own_map(tmp_path):
     network = make_network("average")
-    pixels = np.concatenate([picture_of({(0, 0): RED}), picture_of({(6, 6): BLUE}), picture_of({(2, 5): RED})])
+    pixels = np.concatenate([make_pixels({(0, 0): RED}), make_pixels({(6, 6): BLUE}), make_pixels({(2, 5): RED})])
     module = tf.Module()
     module.weights = [variable.value for variable in network.model.variables]
     module.heatmaps = tf.function(lambda pixels: gradcam.heatmaps(network, pixels)).get_concrete_function(
@@ -79,8 +82,22 @@ def test_each_picture_of_a_batch_gets_its_own_map_also_from_a_saved_model(tmp_pa
     assert [np.unravel_index(heat.argmax(), heat.shape) for heat in served] == [(0, 0), (6, 6), (2, 5)]
 
 
-def test_a_backbone_without_places_is_refused():
+def test_files_that_cannot_be_read_have_no_map(tmp_path):
+    network, paths = make_network("average"), [f"{i:02d}.png" for i in range(14)]  # more than one batch
+    for i, path in enumerate(paths):
+        pixels = make_pixels({(i % 7, 3): RED})[0].astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / path)
+    (tmp_path / paths[1]).write_bytes(b"damaged")
+    (tmp_path / paths[2]).unlink()
+    maps = gradcam.of_files(network, str(tmp_path), [*paths, paths[0]], image_size=SIZE, preprocessing="rescale")
+    assert list(maps) == [paths[0], *paths[3:]]
+    image = decode_image(tf.constant((tmp_path / paths[5]).read_bytes()), SIZE)
+    expected = gradcam.heatmaps(network, preprocess(image[None], "rescale")).numpy()[0]
+    np.testing.assert_array_equal(maps[paths[5]], np.round(255 * expected).astype(np.uint8))
+
+
+def test_a_backbone_without_a_convolution_is_an_error():
     inputs = keras.Input([6])
     network = resnet.with_head(keras.Model(inputs, keras.layers.Dense(4)(inputs)), 2)
-    with pytest.raises(ValueError, match="needs \\[n, h, w, k\\]"):
+    with pytest.raises(ValueError, match="needs \\[B, h, w, k\\]"):
         gradcam.explain(network, np.zeros([1, 6], np.float32))

@@ -1,8 +1,8 @@
-"""Trains a small network on a picture folder for some steps and leaves every number in a file.
+"""Trains a small network on an image folder for some steps and writes every number to a file. Not a test itself.
 
     python replica_run.py FOLDER OUTPUT.npz --devices=2 --precision=float32 --optimizer=sgd
 
-Run as one process, or as one of several workers by TF_CONFIG; the tests compare what they leave. Not a test itself.
+Runs as one process, or as one of several workers according to TF_CONFIG. Tests compare the files.
 """
 
 import argparse
@@ -10,103 +10,125 @@ import os
 
 from trainer import cli
 from trainer.data import sampler
-from trainer.data.dataset import read_folder
+from trainer.data.dataset import Examples, read_folder
 from trainer.runtime import cluster
 from trainer.training.loop import TrainingLoop, evaluate_logits
 from trainer.training.optimizer import Recipe, make_optimizer
 
+SEED = 7
+VALIDATION_INDICES = (0, 30, 60)  # 3 images to validate and 61 to train: neither is a multiple of the batch size
+
 
 def main() -> None:
+    """Starts TensorFlow as trainer.task does, then trains."""
+    flags = parse_flags()
+    worker = cluster.resolve(os.environ)
+    os.environ["TF_CONFIG"] = cluster.tf_config(worker)
+    cli.import_tensorflow()
+    import tensorflow as tf
+
+    from trainer.runtime import devices
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * flags.devices)
+    run(flags, devices.start(worker, require_gpu=False))
+
+
+def parse_flags() -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("output")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--optimizer", default="sgd")
-    parser.add_argument("--network", default="tiny")
+    parser.add_argument("--network", default="tiny", help="tiny or resnet50")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--steps_per_loop", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--still", type=int, default=0, help="1: batch statistics are not trained")
+    parser.add_argument("--frozen", type=int, default=0, help="1: the batch-norm statistics are not trained")
     parser.add_argument("--xla", type=int, default=0)
-    flags = parser.parse_args()
-    me = cluster.resolve(os.environ)
-    os.environ["TF_CONFIG"] = cluster.tf_config(me)
-    cli.import_tensorflow()
+    return parser.parse_args()
+
+
+def run(flags: argparse.Namespace, machine) -> None:
+    """Trains, validates and writes the output file."""
     import numpy as np
-    import tensorflow as tf
 
     from trainer.data import input_pipeline
-    from trainer.runtime import devices
 
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * flags.devices)
-    machine = devices.start(me, require_gpu=False)
     with machine.strategy.scope():
-        network = make_network(flags.network, flags.precision, trains_statistics=not flags.still)
-        recipe = Recipe(flags.optimizer, 0.01, "cosine", 1.0, 1e-3, 1.0, 0.1, 0.3)
+        network = make_network(flags.network, flags.precision, trains_statistics=not flags.frozen)
+        recipe = Recipe(
+            optimizer=flags.optimizer,
+            learning_rate=0.01,
+            lr_schedule="cosine",
+            warmup_epochs=1.0,
+            weight_decay=1e-3,
+            clip_norm=1.0,
+            label_smoothing=0.1,
+            dropout=0.3,
+        )
         optimizer = make_optimizer(recipe, epochs=4, steps_per_epoch=8, loss_scaling=flags.precision == "mixed_float16")
         if flags.precision == "mixed_float16":
-            # Keras begins with 2^15 and skips the step at which a gradient then overflows. Half a batch's gradient, which
-            # its other half cancels, does so sooner than the whole one's, and a step that one run skips tells nothing.
+            # The default of Keras, 2**15, makes the first gradients overflow, and such a step is skipped. The gradient of
+            # half a batch overflows sooner than that of the whole batch, so runs would skip different steps.
             optimizer.initial_scale = 2.0**10
-    training_loop = TrainingLoop(
+    loop = TrainingLoop(
         network.backbone,
         network.head,
         optimizer,
         devices=machine,
         batch_size=flags.batch_size,
-        seed=7,
+        seed=SEED,
         label_smoothing=recipe.label_smoothing,
         dropout=recipe.dropout,
         jit_compile=bool(flags.xla),
     )
     images = read_folder(flags.folder).examples
-    is_validation = np.zeros(len(images), bool)
-    is_validation[[0, 30, 60]] = True  # 3 to validate, 61 to train on: neither divides by anything here
+    is_validation = np.isin(np.arange(len(images)), VALIDATION_INDICES)
     training, validation = images.take(~is_validation), images.take(is_validation)
     assert (len(training), len(validation)) == (61, 3)
 
-    def batches(layout, side, epoch):
-        finish = input_pipeline.BatchTransform(
-            "rescale", None if epoch is None else (7, epoch), network.backbone.compute_dtype
-        )
-        found_files = input_pipeline.FileSource(flags.folder, side.paths, 32, print)
-        return input_pipeline.batches(layout, found_files, side.labels, transform=finish, devices=machine)
+    def make_batches(plan: sampler.EpochPlan, examples: Examples, epoch: int | None):
+        seed = None if epoch is None else (SEED, epoch)
+        transform = input_pipeline.BatchTransform("rescale", seed, network.backbone.compute_dtype)
+        source = input_pipeline.FileSource(flags.folder, examples.paths, image_size=32, on_unreadable=print)
+        return input_pipeline.batches(plan, source, examples.labels, transform=transform, devices=machine)
 
     rows = []
-    for epoch in range(-(-flags.steps // 8)):
-        layout = sampler.shuffled_epoch(
+    for epoch in range(sampler.steps_per_epoch(flags.steps, 8)):
+        plan = sampler.shuffled_epoch(
             training.labels,
-            seed=7,
+            seed=SEED,
             epoch=epoch,
             batch_size=flags.batch_size,
             replicas=machine.replicas,
             class_weights=sampler.class_weights(training.labels, 3, "balanced"),
         )
-        iterator = iter(batches(layout, training, epoch))
-        left = min(layout.steps, flags.steps - len(rows))
-        while left:
-            done = training_loop.train_steps(iterator, min(left, flags.steps_per_loop)).rows
-            rows += list(done)
-            left -= len(done)
-    # As in trainer.job_stages so many to a replica, however many there are: a product of another shape may round otherwise.
-    layout = sampler.ordered_epoch(3, batch_size=2 * machine.replicas, replicas=machine.replicas)
-    outputs = training_loop.logits(batches(layout, validation, None), layout)
-    evaluation = evaluate_logits(outputs, validation.labels, 0.1)
-    weights = {f"w{i}": v.numpy() for i, v in enumerate([*network.backbone.variables, *network.head.variables])}
+        iterator = iter(make_batches(plan, training, epoch))
+        steps_left = min(plan.steps, flags.steps - len(rows))
+        while steps_left:
+            results = loop.train_steps(iterator, min(steps_left, flags.steps_per_loop))
+            rows += list(results.rows)
+            steps_left -= len(results.rows)
+    # The same batch size per replica on any number of replicas, as in training.stages: another shape may round otherwise.
+    plan = sampler.ordered_epoch(3, batch_size=2 * machine.replicas, replicas=machine.replicas)
+    outputs = loop.logits(make_batches(plan, validation, None), plan)
+    result = evaluate_logits(outputs, validation.labels, 0.1)
+    variables = [*network.backbone.variables, *network.head.variables]
     np.savez(
         flags.output,
         rows=np.array(rows),
         logits=outputs.values,
-        validation=np.array([evaluation.loss, evaluation.accuracy]),
+        validation=np.array([result.loss, result.accuracy]),
         replicas=machine.replicas,
-        **weights,
+        **{f"w{i}": variable.numpy() for i, variable in enumerate(variables)},
     )
 
 
 def make_network(name: str, precision: str, *, trains_statistics: bool):
-    """A tiny network that batch-normalises, in training if asked to, or ResNet50 itself with its statistics held still."""
+    """A small network with batch normalization, or ResNet50 with frozen statistics."""
     import keras
 
     from trainer.models import resnet

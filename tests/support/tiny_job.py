@@ -1,4 +1,4 @@
-"""The whole job of trainer.task on a network of four layers, so that tests can start it often.
+"""trainer.task with a small network, so that tests can run many jobs. Not a test itself.
 
 python tiny_job.py --data_dir=D --job_dir=J [any flag of trainer.task]
 """
@@ -10,7 +10,7 @@ from trainer.config import Config
 
 
 def build(*, num_classes, image_size, weights, head, precision, seed, batch_norm="auto"):
-    """A network with the arguments of models.resnet.build; `weights` and `head` are ignored."""
+    """Builds a small network. The arguments are those of models.resnet.build; `weights` and `head` are ignored."""
     import keras
 
     from trainer.models import resnet
@@ -27,7 +27,7 @@ def build(*, num_classes, image_size, weights, head, precision, seed, batch_norm
 
 
 def main(arguments: list[str]) -> int:
-    """As trainer.task.main, but for the network."""
+    """Like trainer.task.main, with the small network."""
     values = cli.flag_values(config.DEFAULTS)
     return task.run(task.with_environment(Config(**values), os.environ), build_network=build)
 

@@ -1,5 +1,6 @@
-"""The loop trains as Keras trains, keeps to its seed, and names the step that went wrong."""
+"""The training loop compared with Keras' own, and its randomness, precision, timing and errors."""
 
+import dataclasses
 import time
 
 import keras
@@ -8,247 +9,279 @@ import pytest
 import tensorflow as tf
 
 from trainer.data import input_pipeline, sampler
+from trainer.errors import UserError
 from trainer.models import resnet
+from trainer.models.resnet import Network
 from trainer.runtime.devices import Devices
 from trainer.training.loop import (
     EpochTotals,
     ModelOutputs,
     NonFiniteLossError,
+    ProfileRange,
+    StopReason,
+    TrainingInterrupted,
     TrainingLoop,
     evaluate_logits,
     train_epoch,
 )
-from trainer.training.optimizer import Recipe, learning_rate_schedule, make_optimizer
+from trainer.training.optimizer import Recipe, make_optimizer
 
-ONE = Devices(tf.distribute.get_strategy(), "CPU", ("CPU:0",), 1, 1, 0)
-PLAIN = Recipe("sgd", 0.1, "constant", 0.0, 0.0, 0.0, 0.0, 0.0)
+ONE_CPU = Devices(
+    strategy=tf.distribute.get_strategy(), kind="CPU", names=("CPU:0",), replicas=1, local_replicas=1, first_replica=0
+)
+SGD = Recipe(optimizer="sgd", learning_rate=0.1)
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(50, 6)).astype(np.float32)
 LABELS = (FEATURES @ RNG.normal(size=(6, 3))).argmax(axis=1).astype(np.int32)
-READABLE = np.ones(50, np.float32)
 
 
-def make_loop(recipe=PLAIN, *, epochs=4, batch_size=8, seed=0, dropout=None, loss_scaling=False, xla=False):
+def make_loop(
+    recipe=SGD, *, epochs=4, batch_size=8, seed=0, loss_scaling=False, xla=False
+) -> tuple[Network, TrainingLoop]:
     keras.utils.set_random_seed(1)
     inputs = keras.Input([6])
     network = resnet.with_head(keras.Model(inputs, keras.layers.Dense(16, "tanh")(inputs)), 3)
-    steps = -(-50 // batch_size)
-    optimizer = make_optimizer(recipe, epochs=epochs, steps_per_epoch=steps, loss_scaling=loss_scaling)
+    steps = sampler.steps_per_epoch(50, batch_size)
     loop = TrainingLoop(
         network.backbone,
         network.head,
-        optimizer,
-        devices=ONE,
+        make_optimizer(recipe, epochs=epochs, steps_per_epoch=steps, loss_scaling=loss_scaling),
+        devices=ONE_CPU,
         batch_size=batch_size,
         seed=seed,
         label_smoothing=recipe.label_smoothing,
-        dropout=recipe.dropout if dropout is None else dropout,
+        dropout=recipe.dropout,
         jit_compile=xla,
     )
     return network, loop
 
 
-def layout_of(epoch, batch_size=8, class_weights=(1, 1, 1)):
+def make_plan(epoch: int) -> sampler.EpochPlan:
     return sampler.shuffled_epoch(
-        LABELS, seed=0, epoch=epoch, batch_size=batch_size, replicas=1, class_weights=np.float32(class_weights)
+        LABELS, seed=0, epoch=epoch, batch_size=8, replicas=1, class_weights=np.ones(3, np.float32)
     )
 
 
-def batches(layout, features=FEATURES, first_step=0):
-    table = input_pipeline.ArraySource(tf.constant(features), tf.constant(READABLE))
-    return input_pipeline.batches(layout, table, LABELS, transform=None, devices=ONE, first_step=first_step)
+def make_batches(plan, features=FEATURES):
+    source = input_pipeline.ArraySource(tf.constant(features), tf.ones([50]))
+    return input_pipeline.batches(plan, source, LABELS, transform=None, devices=ONE_CPU)
 
 
-def run_epochs(loop, epochs=4, batch_size=8, **more):
+def run_epochs(loop: TrainingLoop, epochs: int = 4) -> np.ndarray:
+    """Trains; returns the rows of all steps."""
     rows = []
     for epoch in range(epochs):
-        layout = layout_of(epoch, batch_size)
-        rows.append(loop.train_steps(iter(batches(layout, **more)), layout.steps, False).rows)
+        plan = make_plan(epoch)
+        rows.append(loop.train_steps(iter(make_batches(plan)), plan.steps).rows)
     return np.concatenate(rows)
 
 
+def run_epoch(loop: TrainingLoop, batches, *, steps_per_loop: int, **options) -> EpochTotals:
+    """train_epoch over the whole first epoch."""
+    arguments = {"stop_requested": lambda: StopReason.NONE, "after_steps": lambda totals, is_stopped: None, **options}
+    return train_epoch(loop, batches, make_plan(0).steps, EpochTotals(), steps_per_loop=steps_per_loop, **arguments)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_the_loop_gives_the_losses_and_weights_of_keras_fit(optimizer):
-    recipe = PLAIN._replace(
-        optimizer=optimizer, learning_rate=0.01, weight_decay=0.01, clip_norm=0.5, label_smoothing=0.1
-    )
+def test_losses_and_weights_equal_those_of_keras_fit(optimizer):
+    recipe = Recipe(optimizer=optimizer, learning_rate=0.01, weight_decay=0.01, clip_norm=0.5, label_smoothing=0.1)
     network, loop = make_loop(recipe)
-    ours = run_epochs(loop)
-    theirs_network, _ = make_loop(recipe)
-    theirs_network.model.compile(
+    rows = run_epochs(loop).reshape(4, 7, -1)
+    keras_network, _ = make_loop(recipe)
+    keras_network.model.compile(
         make_optimizer(recipe, epochs=4, steps_per_epoch=7, loss_scaling=False),
         keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
     )
-    losses = []
+    keras_losses = []
     for epoch in range(4):
-        layout = layout_of(epoch)
-        order = layout.index[layout.weight > 0]
-        history = theirs_network.model.fit(
+        plan = make_plan(epoch)
+        order = plan.index[plan.weight > 0]
+        history = keras_network.model.fit(
             FEATURES[order], np.eye(3)[LABELS[order]], batch_size=8, shuffle=False, verbose=0
         )
-        losses += history.history["loss"]
-    per_epoch = ours.reshape(4, 7, 4)
-    mean = (per_epoch[..., 0] * per_epoch[..., 2]).sum(axis=1) / 50
-    np.testing.assert_allclose(mean, losses, rtol=2e-5)
-    for mine, theirs in zip(network.model.weights, theirs_network.model.weights, strict=True):
-        np.testing.assert_allclose(mine.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-6)
+        keras_losses += history.history["loss"]
+    losses = (rows[..., 0] * rows[..., 2]).sum(axis=1) / 50
+    np.testing.assert_allclose(losses, keras_losses, rtol=2e-5)
+    for weight, keras_weight in zip(network.model.weights, keras_network.model.weights, strict=True):
+        np.testing.assert_allclose(weight.numpy(), keras_weight.numpy(), rtol=1e-4, atol=1e-6)
 
 
-def test_training_learns():
-    _, loop = make_loop(PLAIN._replace(optimizer="adam", learning_rate=0.02), epochs=30)
+def test_training_reaches_a_high_accuracy():
+    _, loop = make_loop(Recipe(optimizer="adam", learning_rate=0.02), epochs=30)
     run_epochs(loop, epochs=30)
-    outputs = loop.logits(
-        batches(sampler.ordered_epoch(50, batch_size=8, replicas=1)),
-        sampler.ordered_epoch(50, batch_size=8, replicas=1),
-    )
+    plan = sampler.ordered_epoch(50, batch_size=8, replicas=1)
+    outputs = loop.logits(make_batches(plan), plan)
     assert evaluate_logits(outputs, LABELS, 0.0).accuracy > 0.95
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_seed_others():
-    dropped = PLAIN._replace(dropout=0.5)
-    first, second, other = (run_epochs(make_loop(dropped, seed=seed)[1]) for seed in (0, 0, 1))
+def test_the_seed_decides_the_numbers():
+    recipe = dataclasses.replace(SGD, dropout=0.5)
+    first, second, other = (run_epochs(make_loop(recipe, seed=seed)[1]) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, second)
     assert np.abs(first - other).max() > 0
 
 
-def test_dropout_drops_the_share_asked_for_and_keeps_the_mean():
-    _, loop = make_loop(dropout=0.4, batch_size=50)
+def test_dropout_drops_its_fraction_and_keeps_the_mean():
+    _, loop = make_loop(dataclasses.replace(SGD, dropout=0.4), batch_size=50)
     batch = {"step": tf.zeros([50], tf.int64), "row": tf.range(50)}
-    factors = loop._kept(batch).numpy()
+    factors = loop._dropout_factors(batch).numpy()
     assert factors.shape == (50, 16)
     assert (factors == 0).mean() == pytest.approx(0.4, abs=0.03)
     assert factors.mean() == pytest.approx(1, abs=0.05)
-    again = loop._kept({**batch, "row": tf.reverse(tf.range(50), [0])}).numpy()
-    np.testing.assert_array_equal(again, factors[::-1])  # a row keeps its noise on whichever replica it lands
+    reversed_factors = loop._dropout_factors({**batch, "row": tf.reverse(tf.range(50), [0])}).numpy()
+    np.testing.assert_array_equal(reversed_factors, factors[::-1])  # a row has the same noise on any replica
 
 
-def test_training_leaves_frozen_statistics_alone_and_moves_the_others():
-    def moved(trainable):
-        keras.utils.set_random_seed(0)
-        inputs = keras.Input([6])
-        norm = keras.layers.BatchNormalization(momentum=0.5)
-        norm.trainable = trainable
-        network = resnet.with_head(keras.Model(inputs, keras.layers.Dense(4)(norm(inputs))), 3)
-        optimizer = make_optimizer(PLAIN, epochs=1, steps_per_epoch=7, loss_scaling=False)
-        loop = TrainingLoop(network.backbone, network.head, optimizer, devices=ONE, batch_size=8, seed=0)
-        before = [weight.numpy() for weight in norm.weights]
-        run_epochs(loop, 1)
-        return [bool(np.abs(weight.numpy() - b).max() > 0) for weight, b in zip(norm.weights, before, strict=True)]
-
-    assert moved(False) == [False] * 4
-    assert moved(True) == [True] * 4
+@pytest.mark.parametrize("trainable", [False, True])
+def test_training_changes_batch_statistics_unless_they_are_frozen(trainable):
+    inputs = keras.Input([6])
+    norm = keras.layers.BatchNormalization(momentum=0.5)
+    norm.trainable = trainable
+    network = resnet.with_head(keras.Model(inputs, keras.layers.Dense(4)(norm(inputs))), 3)
+    optimizer = make_optimizer(SGD, epochs=1, steps_per_epoch=7, loss_scaling=False)
+    loop = TrainingLoop(network.backbone, network.head, optimizer, devices=ONE_CPU, batch_size=8, seed=0)
+    before = [weight.numpy() for weight in norm.weights]
+    run_epochs(loop, epochs=1)
+    changes = [np.abs(weight.numpy() - old).max() for weight, old in zip(norm.weights, before, strict=True)]
+    assert [change > 0 for change in changes] == [trainable] * 4
 
 
-def test_a_learning_rate_rises_in_warm_up_and_falls_with_the_cosine():
-    def rates(**changes):
-        schedule = learning_rate_schedule(PLAIN._replace(**changes), epochs=4, steps_per_epoch=10)
-        return schedule if isinstance(schedule, float) else np.array([schedule(step) for step in range(41)])
-
-    assert rates() == 0.1
-    cosine = rates(lr_schedule="cosine")
-    np.testing.assert_allclose(cosine, 0.05 * (1 + np.cos(np.pi * np.arange(41) / 40)), atol=1e-6)
-    warm = rates(lr_schedule="constant", warmup_epochs=0.5)
-    np.testing.assert_allclose(warm, 0.1 * np.minimum(np.arange(41) / 5, 1), atol=1e-6)
-
-
-def test_clipping_bounds_the_step_of_the_global_batch():
-    network, loop = make_loop(PLAIN._replace(clip_norm=1e-3, learning_rate=1.0))
+def test_clipping_limits_the_update_by_the_global_batch():
+    network, loop = make_loop(dataclasses.replace(SGD, clip_norm=1e-3, learning_rate=1.0))
     before = [weight.numpy() for weight in network.model.trainable_weights]
-    layout = layout_of(0)
-    loop.train_steps(iter(batches(layout)), 1, False)
-    moves = [weight.numpy() - b for weight, b in zip(network.model.trainable_weights, before, strict=True)]
-    assert np.sqrt(sum((move**2).sum() for move in moves)) == pytest.approx(1e-3 * 1.0, rel=1e-3)
+    loop.train_steps(iter(make_batches(make_plan(0))), 1)
+    changes = [weight.numpy() - old for weight, old in zip(network.model.trainable_weights, before, strict=True)]
+    assert np.sqrt(sum((change**2).sum() for change in changes)) == pytest.approx(1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("steps_per_loop", [1, 3, 0])
-def test_a_loss_that_is_no_number_names_its_step(steps_per_loop):
-    layout = layout_of(0)
-    features = FEATURES.copy()
-    features[layout.index[4].ravel()[0]] = np.nan
+def test_a_non_finite_loss_is_an_error_with_its_step(steps_per_loop):
+    plan, features = make_plan(0), FEATURES.copy()
+    features[plan.index[4].ravel()[0]] = np.nan
     _, loop = make_loop()
     with pytest.raises(NonFiniteLossError, match="nan") as raised:
-        train_epoch(
-            loop,
-            batches(layout, features),
-            layout.steps,
-            EpochTotals(),
-            steps_per_loop=steps_per_loop,
-            stop_requested=lambda: 0.0,
-            after_loop=lambda totals, is_stopped: None,
-        )
+        run_epoch(loop, make_batches(plan, features), steps_per_loop=steps_per_loop)
     assert raised.value.step == 4
 
 
-def test_float16_steps_that_overflow_are_skipped_and_halve_the_loss_scale():
-    network, loop = make_loop(PLAIN, loss_scaling=True)
+def test_float16_steps_that_overflow_are_skipped_and_halve_the_scale():
+    network, loop = make_loop(loss_scaling=True)
     scale = loop.optimizer.dynamic_scale.numpy()
     before = [weight.numpy() for weight in network.model.weights]
-    loop.train_steps(iter(batches(layout_of(0), FEATURES * np.float32(3e38))), 1, False)
+    loop.train_steps(iter(make_batches(make_plan(0), FEATURES * np.float32(3e38))), 1)
     assert loop.optimizer.dynamic_scale.numpy() == scale / 2
-    for weight, b in zip(network.model.weights, before, strict=True):
-        np.testing.assert_array_equal(weight.numpy(), b)
+    for weight, old in zip(network.model.weights, before, strict=True):
+        np.testing.assert_array_equal(weight.numpy(), old)
 
 
 def test_loss_scaling_does_not_change_the_numbers():
-    plain, scaled = (run_epochs(make_loop(PLAIN, loss_scaling=scaling)[1]) for scaling in (False, True))
+    plain, scaled = (run_epochs(make_loop(loss_scaling=loss_scaling)[1]) for loss_scaling in (False, True))
     np.testing.assert_allclose(plain, scaled, rtol=1e-5)
 
 
 def test_xla_does_not_change_the_numbers():
-    dropped = PLAIN._replace(dropout=0.3, clip_norm=1.0)
-    plain, compiled = (run_epochs(make_loop(dropped, xla=xla)[1]) for xla in (False, True))
+    recipe = dataclasses.replace(SGD, dropout=0.3, clip_norm=1.0)
+    plain, compiled = (run_epochs(make_loop(recipe, xla=xla)[1]) for xla in (False, True))
     np.testing.assert_allclose(plain, compiled, rtol=1e-4)
 
 
-def test_a_wish_to_stop_ends_after_the_step_it_came_in():
+@pytest.mark.parametrize("reason", [StopReason.COST_LIMIT, StopReason.SIGNAL])
+def test_a_reason_to_stop_ends_the_steps_after_the_current_one(reason):
     _, loop = make_loop()
-    rows = loop.train_steps(iter(batches(layout_of(0))), 7, True).rows
-    assert len(rows) == 1
-    assert rows[0, 3] == 1
+    results = loop.train_steps(iter(make_batches(make_plan(0))), 7, reason)
+    assert len(results.rows) == 1
+    assert results.stop_reason == reason
 
 
-def test_pictures_that_cannot_be_read_do_not_count_in_the_validation():
+def test_without_a_reason_to_stop_all_steps_run():
+    results = make_loop()[1].train_steps(iter(make_batches(make_plan(0))), 7)
+    assert len(results.rows) == 7
+    assert results.stop_reason == StopReason.NONE
+
+
+@pytest.mark.parametrize("pass_over", ["training", "validation"])
+def test_a_pass_that_is_interrupted_raises_its_reason(pass_over):
+    _, loop = make_loop()
+    reasons = iter([StopReason.NONE, StopReason.SIGNAL])
+
+    def stop_requested() -> StopReason:
+        return next(reasons)
+
+    with pytest.raises(TrainingInterrupted) as raised:
+        if pass_over == "training":
+            run_epoch(loop, make_batches(make_plan(0)), steps_per_loop=1, stop_requested=stop_requested)
+        else:
+            plan = sampler.ordered_epoch(50, batch_size=8, replicas=1)
+            loop.logits(make_batches(plan), plan, stop_requested=stop_requested)
+    assert raised.value.reason == StopReason.SIGNAL
+
+
+@pytest.mark.parametrize("steps_per_loop", [1, 2, 0])
+def test_profiled_steps_run_in_one_call(steps_per_loop, monkeypatch):
+    profiled_after, calls, (_, loop) = [], [], make_loop()
+
+    class Profile:
+        def __init__(self, directory: str):
+            assert directory == "logs"
+
+        def __enter__(self):
+            profiled_after.append(calls[-1].steps if calls else 0)
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(tf.profiler.experimental, "Profile", Profile)
+    run_epoch(
+        loop,
+        make_batches(make_plan(0)),
+        steps_per_loop=steps_per_loop,
+        after_steps=lambda totals, is_stopped: calls.append(totals),
+        profile=ProfileRange("logs", first=2, last=5),
+    )
+    ends = [totals.steps for totals in calls]
+    assert profiled_after == [1]
+    assert ends[ends.index(1) + 1] == 5
+    assert ends[-1] == 7
+
+
+def test_validation_leaves_out_unreadable_images():
     logits = np.array([[2.0, 0, 0], [0, 2, 0], [9, 0, 0]], np.float32)
-    evaluation = evaluate_logits(ModelOutputs(logits, np.array([True, True, False])), np.array([0, 0, 1]), 0.0)
-    assert evaluation.accuracy == 0.5
+    validation = evaluate_logits(ModelOutputs(logits, np.array([True, True, False])), np.array([0, 0, 1]), 0.0)
+    assert validation.accuracy == 0.5
     expected = -np.log(np.exp([2.0, 0.0]) / (np.exp(2) + 2))
-    assert evaluation.loss == pytest.approx(expected.mean(), rel=1e-6)
+    assert validation.loss == pytest.approx(expected.mean(), rel=1e-6)
 
 
-def test_validation_loss_is_that_of_keras_with_smoothing():
+def test_validation_without_a_readable_image_is_an_error():
+    with pytest.raises(UserError, match="No validation image can be decoded"):
+        evaluate_logits(ModelOutputs(np.zeros((2, 3), np.float32), np.zeros(2, bool)), np.zeros(2, int), 0.0)
+
+
+def test_the_validation_loss_equals_that_of_keras():
     logits = RNG.normal(size=(20, 3)).astype(np.float32)
     labels = np.arange(20) % 3
     keras_loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.2)(np.eye(3)[labels], logits)
-    evaluation = evaluate_logits(ModelOutputs(logits, np.ones(20, bool)), labels, 0.2)
-    assert evaluation.loss == pytest.approx(float(keras_loss), rel=1e-5)
+    validation = evaluate_logits(ModelOutputs(logits, np.ones(20, bool)), labels, 0.2)
+    assert validation.loss == pytest.approx(float(keras_loss), rel=1e-5)
 
 
-def test_waiting_for_input_is_told_from_computing():
-    _, loop = make_loop()
-    layout = layout_of(0)
+def test_waiting_for_input_is_measured_apart_from_computing():
+    plan, (_, loop) = make_plan(0), make_loop()
 
-    def slowly(batch):
-        def late(x: np.ndarray) -> np.ndarray:
+    def delay(batch):
+        def sleep(x: np.ndarray) -> np.ndarray:
             time.sleep(0.05)
             return x
 
-        x = tf.ensure_shape(tf.numpy_function(late, [batch["x"]], tf.float32), batch["x"].shape)
+        x = tf.ensure_shape(tf.numpy_function(sleep, [batch["x"]], tf.float32), batch["x"].shape)
         return {**batch, "x": x}
 
-    def run(slow: bool) -> EpochTotals:
-        dataset = batches(layout).map(slowly) if slow else batches(layout)
-        return train_epoch(
-            loop,
-            dataset,
-            layout.steps,
-            EpochTotals(),
-            steps_per_loop=layout.steps,
-            stop_requested=lambda: 0.0,
-            after_loop=lambda totals, is_stopped: None,
-        )
+    def run(*, is_slow: bool) -> EpochTotals:
+        batches = make_batches(plan)
+        return run_epoch(loop, batches.map(delay) if is_slow else batches, steps_per_loop=plan.steps)
 
-    run(False)  # so that graphs are built
-    fast, slow = run(False), run(True)
-    assert slow.input_wait_seconds > 0.05 * layout.steps * 0.9
+    run(is_slow=False)  # builds the graphs
+    fast, slow = run(is_slow=False), run(is_slow=True)
+    assert slow.input_wait_seconds > 0.05 * plan.steps * 0.9
     assert slow.seconds - slow.input_wait_seconds < slow.input_wait_seconds / 2  # seven steps of a tiny network
     assert fast.input_wait_seconds < slow.input_wait_seconds / 2

@@ -1,0 +1,1 @@
+"""Training: steps on any number of replicas, stages, checkpoints and resume."""

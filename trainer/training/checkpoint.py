@@ -1,7 +1,7 @@
-"""Checkpoints: everything that a resume needs, in one atomic file each, verified when read.
+"""Checkpoints: everything that a resume needs, in one atomic file each, verified when it is read.
 
-A checkpoint is `checkpoints/NNNNNN.npz`: named arrays and one JSON text. One file, because a bucket shows an object
-completely or not at all; plain arrays, because they fit any number of replicas; zip's CRC-32 of each array detects damage.
+A checkpoint is a .npz file of named arrays and one JSON text. One file, because writing one object of a bucket is atomic.
+Plain arrays, because they fit any number of replicas. The zip format has a CRC-32 per array, which detects damage.
 """
 
 import io
@@ -17,7 +17,7 @@ from trainer.artifacts.job_dir import JobDir
 from trainer.storage import files
 
 STATE_NAME = "state.json"
-NUM_KEPT = 2  # the newest one and the one before, in case the newest is damaged
+NUM_KEPT = 2  # the newest and the one before, in case the newest is damaged
 
 
 class Checkpoint(NamedTuple):
@@ -28,9 +28,9 @@ class Checkpoint(NamedTuple):
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one after another; a complete one always exists while the next is written.
+    """Writes checkpoints in the background, one at a time. The previous one is kept until the next one is complete.
 
-    The directory must exist: if it disappears while the job runs, that is an error and it is not created again.
+    The directory must exist. It is an error if it disappears while the job runs; it is not created again.
     """
 
     def __init__(self, paths: JobDir):
@@ -39,7 +39,7 @@ class CheckpointWriter:
         self._pending: Future | None = None
 
     def save(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
-        """Hands over host copies and returns; waits only while the previous checkpoint is still being written.
+        """Starts to write host copies of arrays. Waits only while the previous checkpoint is being written.
 
         Raises the error of the previous checkpoint: OSError if it could not be written.
         """
@@ -47,7 +47,7 @@ class CheckpointWriter:
         self._pending = self._pool.submit(_write, self._paths, arrays, json.dumps(state))
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is complete; raises its error."""
+        """Waits until the last checkpoint is complete; raises its error."""
         pending, self._pending = self._pending, None
         if pending:
             pending.result()
@@ -96,7 +96,7 @@ def restore(variables: dict[str, tf.Variable], arrays: dict[str, np.ndarray]) ->
 def name_variables(prefix: str, variables: list) -> dict[str, tf.Variable]:
     """Keras variables by position and name, as in `optimizer/0003/learning_rate`.
 
-    Not by path: Keras numbers optimizers and layers in the order in which a process creates them, and a resumed process
-    creates fewer.
+    Not by path: Keras numbers optimizers and layers in the order in which a process creates them, and a process that
+    resumes a run creates fewer.
     """
     return {f"{prefix}/{i:04d}/{variable.name}": variable for i, variable in enumerate(variables)}

@@ -1,4 +1,4 @@
-"""What a job has cost so far and will have cost: machines by the hour."""
+"""The cost of a job so far and at its end, by the price of a machine per hour."""
 
 import dataclasses
 import time
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 @dataclasses.dataclass
 class Cost:
-    """The clock of a job over all its starts, and its price.
+    """The duration of a job over all its starts, and its cost.
 
-    `price_per_hour` is that of one machine, in any currency; with 0 all costs are 0. `limit` is the largest cost of the
+    `price_per_hour` is that of one machine, in any currency; 0 makes all costs 0. `limit` is the largest cost of the
     job; 0 means no limit.
     """
 
@@ -31,5 +31,5 @@ class Cost:
         return self.price_per_hour * self.machines * (self.seconds() + more_seconds) / 3600
 
     def limit_reached(self) -> bool:
-        """Whether the job has cost its limit."""
+        """Whether the cost so far is at the limit or above."""
         return bool(self.limit) and self.total() >= self.limit

@@ -1,4 +1,4 @@
-"""Training steps and inference passes on any number of replicas, with the same numbers on each number of them.
+"""Training steps and inference passes whose results do not depend on the number of replicas.
 
 Shapes: N examples, B in a global batch, R replicas, b of B in a replica, F features, C classes.
 """
@@ -56,12 +56,14 @@ class TrainingLoop:
     ):
         self.backbone, self.head, self.optimizer = backbone, head, optimizer
         self._devices, self._batch_size, self._seed, self._dropout = devices, batch_size, seed, dropout
-        self._loss = keras.losses.CategoricalCrossentropy(True, label_smoothing, reduction=None)
+        self._loss = keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=label_smoothing, reduction=None
+        )
         networks = [network for network in (backbone, head) if network is not None]
         self._trainable = [variable for network in networks for variable in network.trainable_variables]
         with devices.strategy.scope():
             optimizer.build(self._trainable)
-        # A constant learning rate is a variable too; it comes from the flags (or from half of them), not from a checkpoint.
+        # A constant learning rate is a variable too. It comes from the flags and TrainingState, not from these arrays.
         state = [variable for variable in optimizer.variables if variable.name != "learning_rate"]
         self.variables = {
             **name_variables("network", [variable for network in networks for variable in network.variables]),
@@ -97,8 +99,8 @@ class TrainingLoop:
     def _next_timed(self, iterator: Iterator) -> tuple[dict, tf.Tensor]:
         """The next batch, and the seconds (float64) spent waiting for the input alone.
 
-        A graph has no order but the one it is given. The clock starts once the previous step is done: the loop's
-        condition needs its row, and the weights of the first layer, whose gradient comes last, have been updated.
+        Only control dependencies order the operations of a graph. The clock starts when the previous step is done: the
+        condition of the loop needs its row, and the weights of the first layer, whose gradient comes last, are updated.
         """
         with tf.control_dependencies([tf.convert_to_tensor(self._trainable[0])]):
             started = tf.timestamp()
@@ -122,7 +124,7 @@ class TrainingLoop:
     def _gradients(
         self, batch: dict[str, tf.Tensor], dropout_factors: tf.Tensor, scale: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, list]:
-        """This replica's part of the loss and of the correct predictions, and the gradients of the loss times `scale`."""
+        """This replica's part of the loss, its number of correct predictions, the gradients of that part times `scale`."""
         with tf.GradientTape() as tape:
             features = self.backbone(batch["x"], training=True) if self.backbone else batch["x"]
             logits = self.head(features * tf.cast(dropout_factors, features.dtype), training=True)
@@ -135,11 +137,11 @@ class TrainingLoop:
         return loss, correct, tape.gradient(scaled, self._trainable)
 
     def _dropout_factors(self, batch: dict[str, tf.Tensor]) -> tf.Tensor:
-        """Factors of the features, float32 [b, F], from seed, step and row alone; 1 without dropout.
+        """Factors of the features, float32 [b, F], a function of (seed, step, row) alone; 1 without dropout.
 
-        A Keras Dropout layer keeps its random state to itself, one per replica and not in checkpoints. Here each replica
-        draws the noise of the whole global batch and takes its own rows. This stays outside of what XLA compiles, since
-        XLA draws other numbers from the same seed.
+        A Keras Dropout layer has a random state per replica, which is not part of a checkpoint. Here each replica draws
+        the noise of the whole global batch and takes its own rows. XLA does not compile this function, because it draws
+        other numbers from the same seed.
         """
         if not self._dropout:
             return tf.constant(1.0)
@@ -155,17 +157,19 @@ class TrainingLoop:
         self, batches: Iterable, plan: EpochPlan, *, stop_requested: Callable[[], StopReason] = _never_stop
     ) -> "ModelOutputs":
         """Logits float32 [N, C] of one pass, on all replicas. Raises TrainingInterrupted as run_inference does."""
-        if self._infer is None:  # traced once, not in each epoch
+        if self._infer is None:  # traced once, not once per epoch
             backbone, head = self.backbone, self.head
             network = (lambda x: head(backbone(x, training=False))) if backbone else head
             self._infer = make_inference(network, self._devices)
         return run_inference(self._infer, batches, plan, stop_requested=stop_requested)
 
 
-class StepResults(NamedTuple):
-    """Results of consecutive steps: float64 [steps, 3] of loss, correct predictions and weight, then one count per reason.
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepResults:
+    """Results of consecutive steps.
 
-    The counts say how many replicas asked to stop for each StopReason but NONE.
+    `rows` is float64 [steps, 5]: loss, number of correct predictions, sum of the weights, then for each StopReason but
+    NONE the number of replicas that asked to stop.
     """
 
     rows: np.ndarray
@@ -173,13 +177,13 @@ class StepResults(NamedTuple):
 
     @property
     def stop_reason(self) -> StopReason:
-        """The most important reason to stop after the last step."""
+        """The largest reason to stop that a replica gave at the last step."""
         asked = np.flatnonzero(self.rows[-1, 3:])
         return StopReason(int(asked[-1]) + 1) if len(asked) else StopReason.NONE
 
 
 class ModelOutputs(NamedTuple):
-    """Of N examples in their order: float32 [N, width], and bool [N], false where the image could not be decoded."""
+    """Outputs of N examples, in their order: float32 [N, width]; bool [N], false where an image could not be decoded."""
 
     values: np.ndarray
     is_readable: np.ndarray
@@ -211,9 +215,9 @@ def run_inference(
     on_batch: Callable[[int], None] = lambda num_examples: None,
     stop_requested: Callable[[], StopReason] = _never_stop,
 ) -> ModelOutputs:
-    """Runs `infer` over one pass; `on_batch` gets the number of examples done.
+    """Runs `infer` over one pass. After each batch, `on_batch` is called with its number of examples.
 
-    Raises TrainingInterrupted after the batch in which any worker asked to stop.
+    Raises TrainingInterrupted after the batch in which any worker asks to stop.
     """
     num_examples = int(plan.weight.sum())
     values, is_readable = None, np.zeros(num_examples, bool)
@@ -229,7 +233,7 @@ def run_inference(
         is_readable[index] = output[is_real, -2] > 0
         on_batch(len(index))
     if values is None:
-        raise ValueError("a pass without a batch")
+        raise ValueError("batches is empty: pass at least one batch.")
     return ModelOutputs(values, is_readable)
 
 
@@ -271,38 +275,40 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class TrainingInterrupted(Exception):
-    """The job stops before its end, for the reason that any of the workers gave."""
+    """The job stops before its end, for the largest reason that a worker gave."""
 
     def __init__(self, reason: StopReason):
         super().__init__(f"interrupted: {reason.name}")
         self.reason = reason
 
 
-class EpochTotals(NamedTuple):
-    """Sums over the steps of an epoch so far; all of them go into a checkpoint."""
+@dataclasses.dataclass(frozen=True)
+class EpochTotals:
+    """Sums over the steps of an epoch so far; part of a checkpoint, in this order."""
 
     steps: int = 0
     loss: float = 0.0  # sum over the examples
     correct: float = 0.0
     examples: float = 0.0
-    seconds: float = 0.0  # of steps, waiting for input included; building the graph is not
+    seconds: float = 0.0  # of the steps, with waiting for input and without building the graph
     input_wait_seconds: float = 0.0
 
     def add(self, steps: StepResults, seconds: float) -> "EpochTotals":
-        """These totals with the results of TrainingLoop.train_steps added."""
+        """The sum of these totals and the results of TrainingLoop.train_steps, which took `seconds`."""
         loss, correct, weight = steps.rows[:, 0], steps.rows[:, 1], steps.rows[:, 2]
         return EpochTotals(
-            self.steps + len(steps.rows),
-            self.loss + float((loss * weight).sum()),
-            self.correct + float(correct.sum()),
-            self.examples + float(weight.sum()),
-            self.seconds + seconds,
-            self.input_wait_seconds + steps.input_wait_seconds,
+            steps=self.steps + len(steps.rows),
+            loss=self.loss + float((loss * weight).sum()),
+            correct=self.correct + float(correct.sum()),
+            examples=self.examples + float(weight.sum()),
+            seconds=self.seconds + seconds,
+            input_wait_seconds=self.input_wait_seconds + steps.input_wait_seconds,
         )
 
 
-class ProfileRange(NamedTuple):
-    """Steps of an epoch, counted from 1, both included, whose TensorFlow profile goes to a TensorBoard folder."""
+@dataclasses.dataclass(frozen=True)
+class ProfileRange:
+    """First and last step of an epoch, counted from 1, that are profiled into a TensorBoard folder."""
 
     directory: str
     first: int
@@ -314,8 +320,8 @@ class ProfileRange(NamedTuple):
         return self.last - self.first + 1
 
 
-# Duration of one call of train_steps: short enough for a live progress line and for a signal to be noticed within half a
-# minute's notice, long enough that the host does not delay the device.
+# Duration of one call of train_steps: short enough for a live progress line and for a checkpoint within the 30 seconds'
+# notice of a spot machine, long enough that the host does not delay the device.
 SECONDS_PER_LOOP = 1.0
 
 
@@ -333,12 +339,14 @@ def train_epoch(
     """Runs an epoch from step `totals.steps` to its end. `steps_per_loop` 0 adapts to SECONDS_PER_LOOP.
 
     `after_steps(totals, is_stopped)` is called after each call of train_steps. Raises NonFiniteLossError, and
-    TrainingInterrupted after the steps in which any worker asked to stop.
+    TrainingInterrupted after the step at which any worker asks to stop.
     """
     started = time.monotonic()
     iterator = iter(batches)
     startup = time.monotonic() - started  # of the input, before its first batch
-    totals = totals._replace(seconds=totals.seconds + startup, input_wait_seconds=totals.input_wait_seconds + startup)
+    totals = dataclasses.replace(
+        totals, seconds=totals.seconds + startup, input_wait_seconds=totals.input_wait_seconds + startup
+    )
     loop.trace(iterator)
     count = steps_per_loop or 1
     while totals.steps < steps:

@@ -20,32 +20,53 @@ class Recipe:
     dropout: float = 0.0
 
 
+class _LocalGradients:
+    """Makes a Keras optimizer apply the gradients that it gets, without summing them over the replicas.
+
+    TrainingLoop sums them before, so that clipping and the overflow test see the gradient of the global batch. Keras
+    would apply both to the gradient of each replica and sum afterwards (keras 3.15).
+    """
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: list) -> list:
+        return grads_and_vars
+
+
+class _Adam(_LocalGradients, keras.optimizers.Adam):
+    """Adam on gradients that are summed already."""
+
+
+class _AdamW(_LocalGradients, keras.optimizers.AdamW):
+    """AdamW on gradients that are summed already."""
+
+
+class _SGD(_LocalGradients, keras.optimizers.SGD):
+    """SGD on gradients that are summed already."""
+
+
 def make_optimizer(recipe: Recipe, *, epochs: int, steps_per_epoch: int, loss_scaling: bool) -> keras.Optimizer:
-    """The Keras optimizer of a recipe; `loss_scaling` is for float16, in which small gradients would underflow."""
-    kinds = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW, "sgd": keras.optimizers.SGD}
+    """The Keras optimizer of a recipe, for TrainingLoop. `loss_scaling` is for float16, in which small gradients underflow."""
+    kinds = {"adam": _Adam, "adamw": _AdamW, "sgd": _SGD}
     arguments: dict[str, float | None] = {"momentum": 0.9} if recipe.optimizer == "sgd" else {}
     if recipe.weight_decay or recipe.optimizer != "adamw":  # AdamW has a default weight decay of its own
         arguments["weight_decay"] = recipe.weight_decay or None
     optimizer = kinds[recipe.optimizer](
         learning_rate_schedule(recipe, epochs=epochs, steps_per_epoch=steps_per_epoch),
         global_clipnorm=recipe.clip_norm or None,
+        name=recipe.optimizer,  # the default is the name of the class, and a scope must not start with an underscore
         **arguments,
     )
-    # The loop sums the gradients of the replicas itself, so that clipping and the overflow test see the gradient of the
-    # global batch. Keras would apply both to the gradient of each replica and sum afterwards (keras 3.15).
-    optimizer._all_reduce_sum_gradients = list
     return keras.optimizers.LossScaleOptimizer(optimizer) if loss_scaling else optimizer
 
 
 def learning_rate_schedule(recipe: Recipe, *, epochs: int, steps_per_epoch: int) -> Any:
-    """A number, or a Keras schedule over optimizer steps: linear warm-up, then constant or cosine."""
+    """A float, or a Keras schedule over optimizer steps: linear warm-up, then constant or cosine."""
     warmup_steps = round(recipe.warmup_epochs * steps_per_epoch)
     if recipe.lr_schedule == "constant" and not warmup_steps:
         return recipe.learning_rate
     return keras.optimizers.schedules.CosineDecay(
         0.0 if warmup_steps else recipe.learning_rate,
         max(1, epochs * steps_per_epoch - warmup_steps),
-        alpha=1.0 if recipe.lr_schedule == "constant" else 0.0,  # a cosine that ends where it began is constant
+        alpha=1.0 if recipe.lr_schedule == "constant" else 0.0,  # a cosine that ends at its first value is constant
         warmup_target=recipe.learning_rate if warmup_steps else None,
         warmup_steps=warmup_steps,
     )

@@ -15,15 +15,19 @@ from trainer.training.loop import EpochTotals
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 
+SLOW_INPUT_SHARE = 0.1  # of the time of the steps spent waiting for images, above which advice is logged
+SLOW_INPUT_MIN_SECONDS = 10  # of an epoch; in a shorter one, the start of the input dominates
+
+
 class ProgressReporter:
     """A bar that follows the training steps, with the time left for the epoch and for the job."""
 
     def __init__(self, *, shows_bars: bool, last_stage: str, cost: Cost):
-        """`last_stage` is the name of the stage after which the job ends."""
+        """`last_stage` is the name of the last stage of the job."""
         self._shows_bars, self._last_stage, self._cost = shows_bars, last_stage, cost
         self._bar: tqdm | None = None
         self._logged_at = time.monotonic()
-        self._has_started = False
+        self._has_started = self._is_advised = False
         self._steps_done_at = time.monotonic()
         self._seconds_between_epochs = 0.0  # validation and saving, after the last epoch of this start
 
@@ -56,7 +60,7 @@ class ProgressReporter:
             logging.info("epoch %d (%s): step %d of %d, %s", epoch, stage, totals.steps, steps, status)
 
     def _time_left(self, stage: str, epochs_left: int, steps: int, totals: EpochTotals) -> str:
-        """Time left and cost, extrapolated from this epoch and the last validation; a later stage is not known yet."""
+        """Time left and cost, extrapolated from this epoch and the last validation, without later stages."""
         seconds_per_step = max(totals.seconds, 1e-9) / totals.steps
         in_epoch = (steps - totals.steps) * seconds_per_step + self._seconds_between_epochs
         in_stage = in_epoch + epochs_left * (steps * seconds_per_step + self._seconds_between_epochs)
@@ -77,8 +81,13 @@ class ProgressReporter:
             **_terminal_size(),
         )
 
-    def on_epoch(self, row: dict[str, Any], times: dict[str, Any], *, is_best: bool) -> None:
-        """Replaces the bar by the epoch's line, from its rows of history.csv and time.csv."""
+    def on_epoch(
+        self, row: dict[str, Any], times: dict[str, Any], *, is_best: bool, slow_input_advice: str = ""
+    ) -> None:
+        """Logs an epoch from its rows of history.csv and time.csv, in place of the bar.
+
+        If the epoch waited for images, `slow_input_advice` is logged too, once per job.
+        """
         self.close()
         self._logged_at = time.monotonic()
         self._seconds_between_epochs = self._logged_at - self._steps_done_at
@@ -90,6 +99,14 @@ class ProgressReporter:
             f"{duration(row['seconds'])}, {row['images_per_second']:.1f} img/s; input wait {100 * input_wait:.0f} %, "
             f"validation {duration(times['validation_seconds'])}, saving {duration(times['saving_seconds'])}"
         )
+        self._advise_on_slow_input(slow_input_advice, input_wait=input_wait, seconds=row["seconds"])
+
+    def _advise_on_slow_input(self, advice: str, *, input_wait: float, seconds: float) -> None:
+        """Logs once per job that the devices wait for images, and what to try; `input_wait` is a fraction of `seconds`."""
+        if self._is_advised or not advice or seconds < SLOW_INPUT_MIN_SECONDS or input_wait < SLOW_INPUT_SHARE:
+            return
+        self._is_advised = True
+        logging.info("Input wait %.0f %%: the device waits for images. %s", 100 * input_wait, advice)
 
     def close(self) -> None:
         """Removes the bar from the terminal."""
@@ -99,6 +116,6 @@ class ProgressReporter:
 
 
 def _terminal_size() -> dict[str, int]:
-    """The terminal's size; 80 by 24 for a pseudo-terminal that reports none, which tqdm would take as no width at all."""
+    """The size of the terminal; 80 by 24 if a pseudo-terminal reports none, in which case tqdm would draw nothing."""
     size = shutil.get_terminal_size()
     return {"ncols": size.columns, "nrows": size.lines}

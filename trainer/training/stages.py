@@ -6,6 +6,7 @@ Shapes: N training and V validation examples, F features, C classes.
 import dataclasses
 from collections.abc import Callable, Iterable
 
+import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
@@ -34,7 +35,7 @@ INFERENCE_BATCH = 64  # images per replica where nothing is trained
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StageInputs:
-    """What both stages are made of; `class_weights` is float32 [C], `precision` a Keras dtype policy."""
+    """The inputs of both stages. `class_weights` is float32 [C], `precision` a Keras dtype policy."""
 
     network: Network
     devices: Devices
@@ -61,21 +62,16 @@ def head_stage(
     feature_source: tuple,
     profile: ProfileRange | None,
 ) -> Stage:
-    """The stage of the head on the features of all images, which are computed here or read from `feature_dir`.
+    """The stage that trains the head on the features of all images, which are read from `feature_dir` or computed.
 
     `feature_source` is what the features depend on besides the images and the precision. Raises UserError if too many
-    images cannot be decoded.
+    images cannot be decoded, and TrainingInterrupted.
     """
     images = inputs.images
     name = feature_cache.cache_key(images.hashes, *feature_source, inputs.precision)
     logging.info("Features of %d images: read from %s, or computed and kept there.", len(images.paths), feature_dir)
-    outputs = feature_cache.load_or_compute(
-        feature_dir,
-        name,
-        len(images.paths),
-        lambda start, end: _compute_features(inputs, start, end),
-        is_chief=inputs.is_chief,
-    )
+    compute = _feature_function(inputs)
+    outputs = feature_cache.load_or_compute(feature_dir, name, len(images.paths), compute, is_chief=inputs.is_chief)
     images.record_unreadable(images.paths[~outputs.is_readable])
     images.check_bad_fraction()
     sources = [
@@ -96,7 +92,10 @@ def head_stage(
 def whole_network_stage(
     inputs: StageInputs, *, epochs: int, recipe: Recipe, augment: bool, profile: ProfileRange | None
 ) -> Stage:
-    """The stage of the whole network on the images, read from their files in each epoch or decoded once."""
+    """The stage that trains the whole network on images, which are decoded in each epoch, or once if they are cached.
+
+    Raises UserError if too many images cannot be decoded.
+    """
     compute_dtype = inputs.network.backbone.compute_dtype
 
     def transform(epoch: int | None) -> BatchTransform:
@@ -126,19 +125,23 @@ def whole_network_stage(
     )
 
 
-def _compute_features(inputs: StageInputs, start: int, end: int) -> ModelOutputs:
-    """Features float32 [end - start, F] of the images from `start` to `end`."""
+def _feature_function(inputs: StageInputs) -> Callable[[int, int], ModelOutputs]:
+    """A function (start, end) -> features float32 [end - start, F] of those images, traced once for all its calls."""
     backbone, devices = inputs.network.backbone, inputs.devices
     infer = make_inference(lambda x: backbone(x, training=False), devices)
     transform = BatchTransform(inputs.preprocessing, None, backbone.compute_dtype)
     batch_size = INFERENCE_BATCH * devices.replicas
-    plan = sampler.ordered_epoch(end - start, batch_size=batch_size, replicas=devices.replicas)
-    _decode_if_cached(inputs)
-    source = inputs.images.source(np.arange(start, end))
-    labels = np.zeros(end - start, np.int32)
-    batches = input_pipeline.batches(plan, source, labels, transform=transform, devices=devices)
-    with inputs.progress.bar("computing features", end - start) as bar:
-        return run_inference(infer, batches, plan, on_batch=bar.update, stop_requested=inputs.stop_requested)
+
+    def compute(start: int, end: int) -> ModelOutputs:
+        plan = sampler.ordered_epoch(end - start, batch_size=batch_size, replicas=devices.replicas)
+        _decode_if_cached(inputs)
+        source = inputs.images.source(np.arange(start, end))
+        labels = np.zeros(end - start, np.int32)
+        batches = input_pipeline.batches(plan, source, labels, transform=transform, devices=devices)
+        with inputs.progress.bar("computing features", end - start) as bar:
+            return run_inference(infer, batches, plan, on_batch=bar.update, stop_requested=inputs.stop_requested)
+
+    return compute
 
 
 def _decode_if_cached(inputs: StageInputs) -> None:
@@ -149,7 +152,13 @@ def _decode_if_cached(inputs: StageInputs) -> None:
 
 
 def _loop_factory(
-    inputs: StageInputs, recipe: Recipe, *, epochs: int, backbone: object, loss_scaling: bool, jit_compile: bool
+    inputs: StageInputs,
+    recipe: Recipe,
+    *,
+    epochs: int,
+    backbone: keras.Model | None,
+    loss_scaling: bool,
+    jit_compile: bool,
 ) -> Callable[[float], TrainingLoop]:
     """A function from a factor of the learning rate to a new TrainingLoop."""
     steps_per_epoch = sampler.steps_per_epoch(len(inputs.split.training), inputs.batch_size)

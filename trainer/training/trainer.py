@@ -53,7 +53,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EpochResult:
-    """A finished epoch: its rows of history.csv and time.csv, and whether its validation accuracy is the best so far."""
+    """A complete epoch: its rows of history.csv and time.csv, and whether its validation accuracy is the best so far."""
 
     row: dict[str, Any]
     times: dict[str, Any]
@@ -76,7 +76,7 @@ class TrainingState:
 
     def as_json(self) -> dict[str, Any]:
         """As values that JSON can hold."""
-        return {**dataclasses.asdict(self), "totals": list(self.totals)}
+        return {**dataclasses.asdict(self), "totals": list(dataclasses.astuple(self.totals))}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "TrainingState":
@@ -86,7 +86,7 @@ class TrainingState:
 
 @dataclasses.dataclass(frozen=True)
 class TrainerOptions:
-    """How a Trainer validates, saves and recovers; the flags of the same names explain each field."""
+    """How a Trainer validates, writes checkpoints and recovers; each field is the flag of the same name."""
 
     label_smoothing: float
     early_stopping_patience: int
@@ -105,7 +105,7 @@ class Callbacks:
 
 
 class Trainer:
-    """Trains the stages of a run. Its state between steps is saved and restored completely; only the chief writes."""
+    """Trains the stages of a run. A checkpoint holds its complete state between two steps; only the chief writes."""
 
     def __init__(
         self,
@@ -122,10 +122,10 @@ class Trainer:
         self._labels, self._options, self._callbacks = validation_labels, options, callbacks
         self._writer = checkpoint.CheckpointWriter(paths)
         self._saved_at = time.monotonic()
-        self._arrays: dict[
-            str, np.ndarray
-        ] = {}  # of the checkpoint to resume, until the loop that restores them exists
-        self._best_head: dict[str, np.ndarray] = {}  # of the head stage: small, so it is part of the checkpoints
+        # Of the checkpoint to resume from, until _make_loop restores them.
+        self._arrays: dict[str, np.ndarray] = {}
+        # Of the head stage: small enough to be part of each checkpoint.
+        self._best_head: dict[str, np.ndarray] = {}
 
     def resume(self) -> bool:
         """Restores the newest checkpoint; returns whether there was one."""
@@ -139,16 +139,19 @@ class Trainer:
         self.best = BestEpoch(epoch, val_accuracy, val_loss, probabilities, is_readable)
         on_disk = best_weights.read(self._paths.best_weights)
         if on_disk.val_accuracy > self.best.val_accuracy or on_disk.epoch == self.best.epoch:
-            # Written after the checkpoint. Repeated steps need not be exactly as good on every device: keep the better one.
+            # Written after the checkpoint. On some devices, repeated steps give other numbers: keep the better weights.
             self.best = on_disk
         return True
 
     def position(self) -> tuple:
-        """Where the run stands, for comparing workers."""
+        """The position of the run, by which workers are compared."""
         return self.state.stage, self.state.stage_epochs, self.state.totals.steps, self.best.epoch
 
     def epochs(self, stage: Stage) -> Iterator[EpochResult]:
-        """Trains the stage from its current position to its end and yields each epoch. Raises TrainingInterrupted."""
+        """Trains the stage from its current position to its end and yields each epoch.
+
+        Raises TrainingInterrupted, and UserError if the loss is not finite and --nan_retries are used up.
+        """
         if self.state.stage != stage.name:
             self.state.stage, self.state.stage_epochs, self.state.totals = stage.name, 0, EpochTotals()
             self.state.learning_rate_factor = 1.0
@@ -199,14 +202,14 @@ class Trainer:
         row = _history_row(stage, loop, number, totals, validation)
         is_best = validation.accuracy > self.best.val_accuracy
         if is_best:
-            self._keep(stage, number, validation)
+            self._keep_best(stage, number, validation)
         state.saving_seconds += time.monotonic() - validated
         times = _time_row(row, totals, validated - started, state.saving_seconds)
         state.history.append(row)
         state.times.append(times)
         state.stage_epochs, state.totals, state.saving_seconds = state.stage_epochs + 1, EpochTotals(), 0.0
         self.save(loop)
-        times["saving_seconds"] += state.saving_seconds  # of this checkpoint, which could not contain it itself
+        times["saving_seconds"] += state.saving_seconds  # of this checkpoint, which cannot contain its own duration
         state.saving_seconds = 0.0
         return EpochResult(row, times, is_best)
 
@@ -215,7 +218,7 @@ class Trainer:
         outputs = loop.logits(batches, plan, stop_requested=self._callbacks.stop_requested)
         return evaluate_logits(outputs, self._labels, self._options.label_smoothing)
 
-    def _keep(self, stage: Stage, epoch: int, validation: Validation) -> None:
+    def _keep_best(self, stage: Stage, epoch: int, validation: Validation) -> None:
         """Keeps the weights of the epoch as the best ones."""
         self.best = BestEpoch(
             epoch=epoch,
@@ -238,7 +241,7 @@ class Trainer:
             best_weights.write(self._paths.best_weights, self._network.model, self.best)
 
     def _stops_early(self, stage: Stage) -> bool:
-        """Whether the last `patience` epochs of the stage brought no better accuracy; the same on all workers."""
+        """Whether none of the last `patience` epochs of the stage has a better val_accuracy; the same on all workers."""
         patience = self._options.early_stopping_patience
         if not patience or self.state.stage_epochs < patience:
             return False
@@ -262,19 +265,19 @@ class Trainer:
             raise UserError(f"{what} The last checkpoint is kept: lower the learning rate, or set --clip_norm=1.")
         self._writer.wait()
         has_checkpoint = self.resume()
-        if not has_checkpoint or self.state.stage != stage.name:  # nothing of this stage was saved
-            raise UserError(f"{what} Nothing was saved before it: lower the learning rate, or set --clip_norm=1.")
+        if not has_checkpoint or self.state.stage != stage.name:
+            raise UserError(f"{what} This stage has no checkpoint yet: lower the learning rate, or set --clip_norm=1.")
         self.state.nan_retries_used, self.state.learning_rate_factor = used + 1, factor / 2
         logging.warning("%s Restoring the last checkpoint with half the learning rate.", what)
         return self._make_loop(stage)
 
-    def save(self, loop: TrainingLoop | None) -> None:
-        """Hands a checkpoint of this moment to the background writer (chief only)."""
+    def save(self, loop: TrainingLoop) -> None:
+        """Passes a checkpoint of the current state to the background writer (chief only)."""
         started = self._saved_at = time.monotonic()
         if not self._is_chief:
             return
         self.state.seconds = self._callbacks.job_seconds()
-        arrays = checkpoint.snapshot(loop.variables) if loop else {}
+        arrays = checkpoint.snapshot(loop.variables)
         arrays |= self._best_head if self.state.stage == HEAD else {}
         arrays |= {"validation/probabilities": self.best.probabilities, "validation/is_readable": self.best.is_readable}
         best = [self.best.epoch, self.best.val_accuracy, self.best.val_loss]
@@ -282,7 +285,7 @@ class Trainer:
         self.state.saving_seconds += time.monotonic() - started
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is on disk; raises its error."""
+        """Waits until the last checkpoint is written; raises its error."""
         self._writer.wait()
 
 
@@ -307,7 +310,7 @@ def _history_row(
 def _time_row(
     row: dict[str, Any], totals: EpochTotals, validation_seconds: float, saving_seconds: float
 ) -> dict[str, Any]:
-    """The row of time.csv of an epoch. The ceiling is the rate of the steps if no batch were waited for."""
+    """The row of time.csv of an epoch. The ceiling is the rate of the steps without waiting for input."""
     compute_seconds = totals.seconds - totals.input_wait_seconds
     return {
         "epoch": row["epoch"],
