@@ -1,17 +1,18 @@
-"""Tries values of the trainer's flags on this machine, one job after another, and keeps the best.
+"""Tunes flags of trainer.task on this machine: runs one trial after another and keeps the best values.
 
     python -m trainer.tune --data_dir=pictures --job_dir=study --trials=20
-        a head on ImageNet features, which the trials share: seconds each
+        tunes the training of the head on ImageNet features, which the trials share: seconds per trial
     python -m trainer.tune --data_dir=pictures --job_dir=study --trials=20 --epochs=3 --tune=learning_rate,dropout
-        two flags alone, with three epochs of the whole network
+        tunes two flags, with three epochs of fine-tuning in each trial
 
-Every other flag of trainer.task goes to each trial as it is. A trial that is worse than most at the same epoch is ended
-early. Started again with the same flags, a study goes on where it was, its interrupted trial too. It leaves study.log
-(Optuna's journal), trials.csv, tuning.png, trials/NNN (the job_dir of each) and best.flags, for --flagfile.
+Other flags of trainer.task apply to every trial. A trial is pruned if it is worse than the median trial at the same epoch.
+The same command resumes an interrupted study, including its interrupted trial. Files in the folder of the study: study.log
+(the journal of Optuna), trials.csv, tuning.png, trials/NNN (one job_dir per trial), and best.flags for --flagfile.
 Exit codes: 0 done; 2 you must change something; 143 stopped by a signal, start it again.
 """
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -27,59 +28,102 @@ from absl import flags, logging
 
 from trainer import cli, config
 from trainer.artifacts.job_dir import JobDir
+from trainer.config import Config
 from trainer.errors import UserError
-from trainer.reporting import plots
+from trainer.reporting import tuning_plot
 from trainer.storage import files, lock
 
-# Flag -> (lowest, highest, whether on a logarithmic scale), or the values to choose from. deploy/ tunes the same.
-SPACE: dict[str, tuple] = {
-    "head_learning_rate": (1e-4, 1e-2, True),
-    "learning_rate": (1e-6, 1e-4, True),
-    "dropout": (0.0, 0.5, False),
-    "label_smoothing": (0.0, 0.2, False),
+
+class FloatRange(NamedTuple):
+    """The values that a flag may take, both bounds included."""
+
+    lowest: float
+    highest: float
+    is_logarithmic: bool
+
+
+# Flag -> its range, or the values to choose from. The studies in deploy/ have the same search space.
+SPACE: dict[str, FloatRange | tuple[int, ...]] = {
+    "head_learning_rate": FloatRange(1e-4, 1e-2, is_logarithmic=True),
+    "learning_rate": FloatRange(1e-6, 1e-4, is_logarithmic=True),
+    "dropout": FloatRange(0.0, 0.5, is_logarithmic=False),
+    "label_smoothing": FloatRange(0.0, 0.2, is_logarithmic=False),
     "batch_size": (16, 32, 64),
 }
-
-
-CHOICES = {"batch_size"}
-
-
-SCALES = {name: "log" if name not in CHOICES and space[2] else "linear" for name, space in SPACE.items()}
-
-
-STARTUP_TRIALS = 5  # that are drawn at random and never ended early: what the others are judged by
-
-
-EPOCHS_WITHOUT_JUDGEMENT = 2  # of every trial: the first ones say little
-
-
+STARTUP_TRIALS = 5  # drawn at random and never pruned; later trials are compared with them
+EPOCHS_BEFORE_PRUNING = 2  # of each trial, because the first epochs predict little
 MAX_FAILURES = 3  # in a row
+POLL_SECONDS = 0.5
+TRIAL_COMMAND = (sys.executable, "-m", "trainer.task")
+PATH_FLAGS = {
+    "data_dir",
+    "job_dir",
+    "cache_dir",
+    "model_dir",
+    "tensorboard_dir",
+}  # which each trial gets from the study
 
 
-SECONDS_BETWEEN_LOOKS = 0.5
+@dataclasses.dataclass(frozen=True)
+class StudyDir:
+    """The paths in the folder of a study."""
+
+    root: str
+
+    def _path(self, name: str) -> str:
+        return files.join(self.root, name)
+
+    @property
+    def journal(self) -> str:
+        """Every trial with its values and metrics, as Optuna stores them."""
+        return self._path("study.log")
+
+    @property
+    def results(self) -> str:
+        """One row per trial that is complete or pruned."""
+        return self._path("trials.csv")
+
+    @property
+    def plot(self) -> str:
+        """The validation accuracy over the trials and over each tuned flag."""
+        return self._path("tuning.png")
+
+    @property
+    def best_flags(self) -> str:
+        """The flags of the best trial, for --flagfile."""
+        return self._path("best.flags")
+
+    @property
+    def features(self) -> str:
+        """The cache_dir that all trials share."""
+        return self._path("features")
+
+    @property
+    def trials(self) -> str:
+        """Folder of the job_dirs of the trials, and of their logs and metrics."""
+        return self._path("trials")
+
+    def trial(self, number: int) -> str:
+        """The job_dir of a trial."""
+        return files.join(self.trials, f"{number:03d}")
 
 
-PROGRAM = (sys.executable, "-m", "trainer.task")
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The result of a trial: its optuna.trial.TrialState and, if complete, its best validation accuracy."""
 
-
-OWN_FLAGS = {"trials", "tune", "job_dir", "data_dir", "cache_dir", "model_dir", "tensorboard_dir", "flagfile"}
-
-
-class Outcome(NamedTuple):
-    """How a trial ended: Optuna's name of the state, and the best validation accuracy that it reached."""
-
-    state: str
-    val_accuracy: float | None
-    said: str = ""  # the last line of a trial that failed
+    state: Any
+    val_accuracy: float | None = None
+    error: str = ""  # the last line of a failed trial
 
 
 def define_flags() -> None:
-    """Those of trainer.task, and how much to try."""
+    """Defines the flags of trainer.task and those of the study."""
     config.define_flags()
     flags.adopt_module_key_flags(config)
-    flags.DEFINE_integer("trials", 20, "How many trials the study has in the end.", lower_bound=1)
+    flags.DEFINE_integer("trials", 20, "Number of trials of the study, earlier ones included.", lower_bound=1)
     flags.DEFINE_list(
-        "tune", [], f"The flags to try values of: {', '.join(SPACE)}. Default: those that have an effect."
+        "tune", [], f"Flags to tune, of {', '.join(SPACE)}. Default: those that have an effect and are not set."
     )
 
 
@@ -88,46 +132,48 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --name=value.")
     cli.require("data_dir", "job_dir")
-    values = flags.FLAGS
-    directory = values.job_dir.rstrip("/")
-    if files.is_remote(directory):
+    settings = Config(**cli.flag_values(config.DEFAULTS))  # raises UserError before the first trial
+    study_dir = StudyDir(settings.job_dir.rstrip("/"))
+    if files.is_remote(study_dir.root):
         raise UserError(
-            f"--job_dir={directory}: a study of this machine needs a local folder; see deploy/ for clusters."
+            f"--job_dir={study_dir.root}: a study on this machine needs a local folder. See deploy/ for clusters."
         )
-    given = {name: values[name].value for name in config.DEFAULTS if values[name].present and name not in OWN_FLAGS}
-    names = _names_to_tune(values.tune, given, head_epochs=values.head_epochs, epochs=values.epochs)
-    fixed = {name: value for name, value in given.items() if name not in names}
-    os.makedirs(f"{directory}/trials", exist_ok=True)
-    with lock.hold(directory):
-        return Tuner(directory, values.data_dir, names, fixed).run(values.trials)
+    given = {name: value for name, value in settings.as_dict().items() if flags.FLAGS[name].present}
+    names = _names_to_tune(flags.FLAGS.tune, settings, given)
+    fixed = {name: value for name, value in given.items() if name not in PATH_FLAGS and name not in names}
+    files.make_directory(study_dir.trials)
+    with lock.hold(study_dir.root):
+        return Tuner(study_dir, settings.data_dir, names, fixed).run(flags.FLAGS.trials)
 
 
-def _names_to_tune(asked: list[str], given: dict, *, head_epochs: int, epochs: int) -> list[str]:
-    epochs_of = {"head_learning_rate": head_epochs, "learning_rate": epochs}
-    without_effect = {name for name, count in epochs_of.items() if not count}
-    for name in asked:
+def _names_to_tune(requested: list[str], settings: Config, given: dict[str, Any]) -> list[str]:
+    epochs = {"head_learning_rate": settings.head_epochs, "learning_rate": settings.epochs}
+    without_effect = {name for name, count in epochs.items() if not count}
+    for name in requested:
         if name not in SPACE:
-            raise UserError(f"--tune={name}: pass some of {', '.join(SPACE)}.")
+            raise UserError(f"--tune={name}: pass one or more of {', '.join(SPACE)}.")
         if name in without_effect:
-            raise UserError(f"--tune={name} has no effect with --head_epochs={head_epochs} --epochs={epochs}.")
-    return asked or [name for name in SPACE if name not in without_effect and name not in given]
+            raise UserError(
+                f"--tune={name} has no effect with --head_epochs={settings.head_epochs} --epochs={settings.epochs}."
+            )
+    return requested or [name for name in SPACE if name not in without_effect and name not in given]
 
 
 class Tuner:
-    """One study in one folder: asks Optuna for values, runs a job with them, tells what came out."""
+    """A study in one folder: gets values from Optuna, runs a job with them and reports its metrics to Optuna."""
 
-    def __init__(self, directory: str, data_dir: str, names: list[str], fixed: dict):
-        optuna = _optuna()
+    def __init__(self, study_dir: StudyDir, data_dir: str, names: list[str], fixed: dict[str, Any]):
+        """`names` are the flags to tune, `fixed` the values of other flags."""
+        optuna = _import_optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._directory, self._data_dir, self._fixed = directory, data_dir, fixed
+        self._states = optuna.trial.TrialState
+        self._study_dir, self._data_dir, self._fixed = study_dir, data_dir, fixed
         self._distributions = {name: _distribution(name) for name in names}
-        backend = optuna.storages.journal.JournalFileBackend(f"{directory}/study.log")
+        backend = optuna.storages.journal.JournalFileBackend(study_dir.journal)
         self._study = optuna.create_study(
             storage=optuna.storages.JournalStorage(backend),
             sampler=optuna.samplers.TPESampler(seed=fixed.get("seed", 0), n_startup_trials=STARTUP_TRIALS),
-            pruner=optuna.pruners.MedianPruner(
-                n_startup_trials=STARTUP_TRIALS, n_warmup_steps=EPOCHS_WITHOUT_JUDGEMENT
-            ),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=EPOCHS_BEFORE_PRUNING),
             study_name="trainer",
             direction="maximize",
             load_if_exists=True,
@@ -136,40 +182,40 @@ class Tuner:
         self._job: subprocess.Popen | None = None
         self._is_stopped = False
 
-    def _check_same_study(self, now: dict) -> None:
-        before = self._study.user_attrs.get("study")
-        if before is None:
-            self._study.set_user_attr("study", now)
-        elif before != json.loads(json.dumps(now)):
+    def _check_same_study(self, description: dict[str, Any]) -> None:
+        previous = self._study.user_attrs.get("study")
+        if previous is None:
+            self._study.set_user_attr("study", description)
+        elif previous != json.loads(json.dumps(description)):
             raise UserError(
-                f"{self._directory} holds a study of {json.dumps(before)}, not of {json.dumps(now)}: pass another --job_dir, "
-                "or those flags."
+                f"{self._study_dir.root} holds a study of {json.dumps(previous)}, not of {json.dumps(description)}: pass "
+                "another --job_dir, or those flags."
             )
 
-    def run(self, trials: int) -> int:
-        """Goes on until so many trials are done; returns the exit code."""
+    def run(self, num_trials: int) -> int:
+        """Runs trials until `num_trials` are complete or pruned; returns the exit code."""
         from tqdm import tqdm
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._resume_interrupted()
+        self._requeue_interrupted()
         failures = 0
-        with tqdm(total=trials, initial=len(self._done()), unit="trial", disable=not sys.stderr.isatty()) as bar:
-            while len(self._done()) < trials and not self._is_stopped:
+        with tqdm(total=num_trials, initial=len(self._ended()), unit="trial", disable=not sys.stderr.isatty()) as bar:
+            while len(self._ended()) < num_trials and not self._is_stopped:
                 trial = self._study.ask(self._distributions)
                 outcome = self._run_trial(trial)
                 if self._is_stopped:
-                    break  # the trial stays open in study.log, to be taken up again
+                    break  # the trial stays open in the journal, and the next start resumes it
                 self._record(trial, outcome)
-                failures = failures + 1 if outcome.state == "FAIL" else 0
-                if failures == MAX_FAILURES or (failures and not self._done()):
+                failures = failures + 1 if outcome.state == self._states.FAIL else 0
+                if failures == MAX_FAILURES or (failures and not self._ended()):
                     raise UserError(
-                        f"Trial {trial.number} ended with: {outcome.said or 'nothing'} (see {self._folder(trial)}.log)"
+                        f"Trial {trial.number} failed: {outcome.error or 'it wrote nothing'} (see {self._log_path(trial)})"
                     )
-                bar.n = len(self._done())
-                bar.set_postfix_str(f"best val_accuracy {self._study.best_value:.4f}" if self._done() else "")
+                bar.n = len(self._ended())
+                bar.set_postfix_str(f"best val_accuracy {self._study.best_value:.4f}" if self._ended() else "")
         if self._is_stopped:
-            logging.warning("Stopped. The same command goes on from here.")
+            logging.warning("Stopped. The same command resumes the study.")
             return cli.EXIT_STOPPED
         self._print_best()
         return 0
@@ -177,90 +223,98 @@ class Tuner:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._is_stopped = True
         if self._job:
-            self._job.send_signal(signal.SIGTERM)  # it saves, and so goes on from there the next time
+            self._job.send_signal(signal.SIGTERM)  # the job writes a checkpoint, from which the next start resumes it
 
-    def _resume_interrupted(self) -> None:
-        """Puts what a stopped study left open first in the queue again, with the job_dir that it has."""
-        optuna = _optuna()
-        for trial in self._study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-            self._study.enqueue_trial(trial.params, user_attrs={"folder": self._folder(trial)})
-            self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    def _requeue_interrupted(self) -> None:
+        """Queues the trials that an interrupted study left open, each with its values and its job_dir."""
+        for trial in self._study.get_trials(states=[self._states.RUNNING]):
+            self._study.enqueue_trial(trial.params, user_attrs={"folder": self._job_dir(trial)})
+            self._study.tell(trial.number, state=self._states.FAIL)
 
-    def _done(self) -> list:
-        optuna = _optuna()
-        states = [optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED]
-        return self._study.get_trials(deepcopy=False, states=states)
+    def _ended(self) -> list:
+        """The trials that are complete or pruned."""
+        return self._study.get_trials(deepcopy=False, states=[self._states.COMPLETE, self._states.PRUNED])
 
-    def _folder(self, trial: Any) -> str:
-        return trial.user_attrs.get("folder", f"{self._directory}/trials/{trial.number:03d}")
+    def _job_dir(self, trial: Any) -> str:
+        return trial.user_attrs.get("folder", self._study_dir.trial(trial.number))
+
+    def _log_path(self, trial: Any) -> str:
+        return f"{self._job_dir(trial)}.log"
 
     def _run_trial(self, trial: Any) -> Outcome:
-        """Runs the job of a trial to its end, or to the epoch at which it is worse than most."""
-        folder = self._folder(trial)
-        own = {"data_dir": self._data_dir, "job_dir": folder, "cache_dir": f"{self._directory}/features"}
-        words = [f"--{name}={value}" for name, value in {**own, **self._fixed, **trial.params}.items()]
-        metrics = f"{folder}.metrics"
-        with open(f"{folder}.log", "ab") as log:
+        """Runs the job of a trial to its end, or to the epoch at which it is pruned."""
+        values = {
+            "data_dir": self._data_dir,
+            "job_dir": self._job_dir(trial),
+            "cache_dir": self._study_dir.features,
+            **self._fixed,
+            **trial.params,
+        }
+        metrics_path = f"{self._job_dir(trial)}.metrics"
+        with open(self._log_path(trial), "ab") as log:
             self._job = subprocess.Popen(
-                [*PROGRAM, *words],
+                [*TRIAL_COMMAND, *_as_arguments(values)],
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the study, which then stops the trial once
-                env={**os.environ, "CLOUD_ML_HP_METRIC_FILE": metrics},
+                start_new_session=True,  # so that Ctrl-C stops the study alone, which stops the trial once
+                env={**os.environ, "CLOUD_ML_HP_METRIC_FILE": metrics_path},
             )
-        is_pruned, epochs_seen = False, 0
+        is_pruned, num_reported = False, 0
         while self._job.poll() is None:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-            for epoch, accuracy in _read_metrics(metrics)[epochs_seen:]:
-                epochs_seen += 1
+            time.sleep(POLL_SECONDS)
+            for epoch, accuracy in _read_metrics(metrics_path)[num_reported:]:
+                num_reported += 1
                 trial.report(accuracy, epoch)
                 if trial.should_prune() and not is_pruned:
                     is_pruned = True
                     self._job.send_signal(signal.SIGTERM)
-        best = JobDir(folder).read_metrics()
-        if best:
-            return Outcome("COMPLETE", best["val_accuracy"])
+        metrics = JobDir(self._job_dir(trial)).read_metrics()
+        if metrics:
+            return Outcome(self._states.COMPLETE, metrics["val_accuracy"])
         if is_pruned and self._job.returncode == cli.EXIT_STOPPED:
-            return Outcome("PRUNED", None)
-        return Outcome("FAIL", None, _last_line(f"{folder}.log"))
+            return Outcome(self._states.PRUNED)
+        return Outcome(self._states.FAIL, error=_last_line(self._log_path(trial)))
 
     def _record(self, trial: Any, outcome: Outcome) -> None:
-        state = _optuna().trial.TrialState[outcome.state]
-        self._study.tell(trial, outcome.val_accuracy, state=state)
+        self._study.tell(trial, outcome.val_accuracy, state=outcome.state)
         values = ", ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
-        reached = (
-            f"val_accuracy {outcome.val_accuracy:.4f}" if outcome.val_accuracy is not None else outcome.state.lower()
-        )
-        logging.info("trial %d: %s with %s", trial.number, reached, values)
-        if self._done():
+        is_complete = outcome.val_accuracy is not None
+        result = f"val_accuracy {outcome.val_accuracy:.4f}" if is_complete else outcome.state.name.lower()
+        logging.info("trial %d: %s with %s", trial.number, result, values)
+        if self._ended():
             self._write_results()
 
     def _write_results(self) -> None:
-        names = list(self._distributions)
+        names, trials = list(self._distributions), self._ended()
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["trial", "state", "val_accuracy", "epochs", *names, "job_dir"])
-        for trial in self._done():
+        for trial in trials:
             values = [trial.params[name] for name in names]
-            reached = max([trial.value or 0, *trial.intermediate_values.values()])
+            accuracy = max([trial.value or 0, *trial.intermediate_values.values()])
             epochs = len(trial.intermediate_values)
-            writer.writerow([trial.number, trial.state.name, f"{reached:.6g}", epochs, *values, self._folder(trial)])
-        files.atomic_write(f"{self._directory}/trials.csv", text.getvalue())
-        if any(trial.state.name == "COMPLETE" for trial in self._done()):
-            best = self._study.best_trial
-            lines = [f"--{name}={value}\n" for name, value in {**self._fixed, **best.params}.items()]
-            files.atomic_write(f"{self._directory}/best.flags", "".join(lines))
-            plots.write_study(f"{self._directory}/tuning.png", self._done(), names, SCALES)
+            writer.writerow([trial.number, trial.state.name, f"{accuracy:.6g}", epochs, *values, self._job_dir(trial)])
+        files.atomic_write(self._study_dir.results, text.getvalue())
+        if any(trial.state == self._states.COMPLETE for trial in trials):
+            best = {**self._fixed, **self._study.best_trial.params}
+            files.atomic_write(self._study_dir.best_flags, "".join(f"{word}\n" for word in _as_arguments(best)))
+            scales = {name: _axis_scale(name) for name in names}
+            tuning_plot.write(self._study_dir.plot, trials, names, scales)
 
     def _print_best(self) -> None:
         best = self._study.best_trial
-        print(f"best val_accuracy {best.value:.4f} (trial {best.number} of {len(self._done())})")
-        print(f"picture: {self._directory}/tuning.png; model: {JobDir(self._folder(best)).saved_model}")
-        words = f"--flagfile={self._directory}/best.flags", f"--data_dir={self._data_dir}", "--job_dir=job"
-        print("train with it: " + shlex.join(["python", "-m", "trainer.task", *words]), flush=True)
+        command = ["python", "-m", "trainer.task", f"--flagfile={self._study_dir.best_flags}"]
+        command += [f"--data_dir={self._data_dir}", "--job_dir=job"]
+        lines = [
+            f"best val_accuracy {best.value:.4f} (trial {best.number} of {len(self._ended())})",
+            f"plot:  {self._study_dir.plot}",
+            f"model: {JobDir(self._job_dir(best)).saved_model}",
+            f"train with it: {shlex.join(command)}",
+        ]
+        print("\n".join(lines), flush=True)
 
 
-def _optuna() -> ModuleType:
+def _import_optuna() -> ModuleType:
     try:
         import optuna
     except ImportError:
@@ -269,15 +323,23 @@ def _optuna() -> ModuleType:
 
 
 def _distribution(name: str) -> Any:
-    optuna, space = _optuna(), SPACE[name]
-    if name in CHOICES:
-        return optuna.distributions.CategoricalDistribution(space)
-    lowest, highest, is_logarithmic = space
-    return optuna.distributions.FloatDistribution(lowest, highest, log=is_logarithmic)
+    distributions, space = _import_optuna().distributions, SPACE[name]
+    if isinstance(space, FloatRange):
+        return distributions.FloatDistribution(space.lowest, space.highest, log=space.is_logarithmic)
+    return distributions.CategoricalDistribution(space)
+
+
+def _axis_scale(name: str) -> str:
+    space = SPACE[name]
+    return "log" if isinstance(space, FloatRange) and space.is_logarithmic else "linear"
+
+
+def _as_arguments(values: dict[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def _read_metrics(path: str) -> list[tuple[int, float]]:
-    """(epoch, val_accuracy) of each epoch that a trial has told so far; it may be writing at this moment."""
+    """(epoch, val_accuracy) of each epoch that a trial has reported. The trial may be writing the last line."""
     contents = files.read(path) or b""
     rows = []
     for line in contents.decode().splitlines(keepends=True):
@@ -287,8 +349,11 @@ def _read_metrics(path: str) -> list[tuple[int, float]]:
 
 
 def _last_line(path: str) -> str:
+    """The line of a log that starts with `error:`, else the last line that is not empty."""
     lines = (files.read(path) or b"").decode(errors="replace").split("\n")
-    return next((line for line in lines if line.startswith("error:")), next((x for x in reversed(lines) if x), ""))
+    errors = [line for line in lines if line.startswith("error:")]
+    filled = [line for line in lines if line]
+    return errors[0] if errors else filled[-1] if filled else ""
 
 
 if __name__ == "__main__":
