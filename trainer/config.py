@@ -6,6 +6,7 @@ choices, whether a resumed run may change it, and whether workers may differ in 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -354,7 +355,7 @@ def define_flags() -> None:
 
     Bounds are checked by Config, so that Python callers and the command line get the same message.
     """
-    defines = {
+    defines: dict[type, Callable] = {
         bool: flags.DEFINE_boolean,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,

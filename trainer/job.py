@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -42,20 +42,7 @@ from trainer.training.loop import ProfileRange, StopReason, TrainingInterrupted
 from trainer.training.optimizer import Recipe
 from trainer.training.progress import ProgressReporter
 from trainer.training.stages import StageInputs
-from trainer.training.trainer import HEAD, WHOLE_NETWORK, Callbacks, EpochResult, Stage, Trainer, TrainerOptions
-
-SLOW_INPUT_SHARE = 0.1  # of the time of the steps spent waiting for images, above which advice is logged
-SLOW_INPUT_MIN_SECONDS = 10  # of an epoch; in a shorter one, the start of the input dominates
-
-# What a collective operation raises when a worker at its other end is gone.
-LOST_WORKER = (
-    tf.errors.UnavailableError,
-    tf.errors.AbortedError,
-    tf.errors.InternalError,
-    tf.errors.CancelledError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.FailedPreconditionError,
-)
+from trainer.training.trainer import HEAD, WHOLE_NETWORK, Callbacks, Stage, Trainer, TrainerOptions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +72,6 @@ class Job:
     prepared: PreparedJob
     devices: Devices
     precision: str
-    precision_reason: str
     xla: bool
     paths: JobDir
     cost: Cost
@@ -147,7 +133,6 @@ def run(prepared: PreparedJob) -> int:
         prepared=prepared,
         devices=machine,
         precision=precision,
-        precision_reason=precision_reason,
         xla=xla,
         paths=paths,
         cost=cost,
@@ -208,8 +193,8 @@ def _is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> 
     if values.get("stopped_by_cost"):
         if not settings.max_cost or values["cost"] < settings.max_cost:
             return False
-        logging.info("The run in %s has reached its limit: it cost %.2f. To continue, raise --max_cost.",
-                     settings.job_dir, values["cost"])  # fmt: skip
+        message = "The run in %s has reached its limit: it cost %.2f. To continue, raise --max_cost."
+        logging.info(message, settings.job_dir, values["cost"])
     else:
         logging.info("The run in %s is finished: val_accuracy %.4f.", settings.job_dir, values["val_accuracy"])
         if is_chief:
@@ -247,7 +232,7 @@ def _run_locked(job: Job, finished: FinishedRun, resolved: dict[str, Any]) -> in
             f"{error.filename or settings.job_dir} cannot be written or read ({error.strerror or error}): fix that and "
             f"start the same command again; it resumes from the last complete checkpoint in {settings.job_dir}."
         ) from error
-    except LOST_WORKER as error:
+    except devices.LOST_WORKER_ERRORS as error:
         if cluster.workers == 1:
             raise
         logging.error("Another worker exited or cannot be reached: start all workers again. (%s)", _first_line(error))
@@ -382,14 +367,12 @@ def _check_workers_agree(job: Job, trainer: Trainer) -> None:
 
 def _train(job: Job, network: Network, trainer: Trainer, writer: ReportWriter | None) -> None:
     """Runs the remaining stages and reports each epoch. Raises TrainingInterrupted."""
-    is_advised = False
-    inputs = _stage_inputs(job, network)
-    for name in (HEAD, WHOLE_NETWORK):
-        stage = _make_stage(job, inputs, name) if _is_remaining(job, trainer, name) else None
-        for result in trainer.epochs(stage) if stage else ():
+    for stage in _remaining_stages(job, network, trainer):
+        for result in trainer.epochs(stage):
             job.images.check_bad_fraction()
-            job.progress.on_epoch(result.row, result.times, is_best=result.is_best)
-            is_advised = is_advised or _log_slow_input(stage, result)
+            job.progress.on_epoch(
+                result.row, result.times, is_best=result.is_best, slow_input_advice=stage.slow_input_advice
+            )
             if writer:
                 started = time.monotonic()
                 job.prepared.report_metrics(result.row)
@@ -398,10 +381,13 @@ def _train(job: Job, network: Network, trainer: Trainer, writer: ReportWriter | 
                 result.times["saving_seconds"] += time.monotonic() - started  # in time.csv after the next epoch
 
 
-def _is_remaining(job: Job, trainer: Trainer, stage_name: str) -> bool:
-    if stage_name == HEAD:
-        return bool(job.settings.head_epochs) and trainer.state.stage != WHOLE_NETWORK
-    return bool(job.settings.epochs)
+def _remaining_stages(job: Job, network: Network, trainer: Trainer) -> Iterator[Stage]:
+    """The stages that are not complete; each is prepared when the one before has ended."""
+    inputs = _stage_inputs(job, network)
+    if job.settings.head_epochs and trainer.state.stage != WHOLE_NETWORK:
+        yield _make_stage(job, inputs, HEAD)
+    if job.settings.epochs:
+        yield _make_stage(job, inputs, WHOLE_NETWORK)
 
 
 def _stage_inputs(job: Job, network: Network) -> StageInputs:
@@ -426,9 +412,16 @@ def _stage_inputs(job: Job, network: Network) -> StageInputs:
 
 def _make_stage(job: Job, inputs: StageInputs, name: str) -> Stage:
     settings = job.settings
-    rate = settings.head_learning_rate if name == HEAD else settings.learning_rate
-    names = [field.name for field in dataclasses.fields(Recipe)]
-    recipe = Recipe(**{**{field: getattr(settings, field) for field in names}, "learning_rate": rate})
+    recipe = Recipe(
+        optimizer=settings.optimizer,
+        learning_rate=settings.head_learning_rate if name == HEAD else settings.learning_rate,
+        lr_schedule=settings.lr_schedule,
+        warmup_epochs=settings.warmup_epochs,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+        label_smoothing=settings.label_smoothing,
+        dropout=settings.dropout,
+    )
     # Profiled are steps of the whole network, or of the head where that is the only stage.
     is_profiled = job.is_chief and (name == WHOLE_NETWORK or not settings.epochs)
     steps = job.prepared.profile_range if is_profiled else None
@@ -446,16 +439,6 @@ def _make_stage(job: Job, inputs: StageInputs, name: str) -> Stage:
         feature_source=(fingerprint, settings.image_size, settings.preprocessing, settings.head),
         profile=profile,
     )
-
-
-def _log_slow_input(stage: Stage, result: EpochResult) -> bool:
-    """Logs, for a stage on images, that the device waits for the input, and what to try; returns whether it did."""
-    share = result.times["input_wait_seconds"] / max(result.row["seconds"], 1e-9)
-    is_short = result.row["seconds"] < SLOW_INPUT_MIN_SECONDS
-    if is_short or not stage.slow_input_advice or share < SLOW_INPUT_SHARE:
-        return False
-    logging.info("Input wait %.0f %%: the device waits for images. %s", 100 * share, stage.slow_input_advice)
-    return True
 
 
 def _write_epoch(job: Job, trainer: Trainer, *, is_best: bool) -> None:
