@@ -1,58 +1,253 @@
-"""Writes the generated parts of docs/architecture.md: the drawing, and each file in one line.
+"""Writes the generated parts of README.md, README.es.md and docs/architecture.md.
 
-python docs/architecture.py
+    python docs/generate.py
 
-The drawing is the import table that tests/test_imports.py holds the code to, without the arrows that follow from others;
-the lines are the first ones of the modules' docstrings.
+A generated part is the text between the lines `<!-- NAME -->` and `<!-- end of NAME -->` of a page. The flag table comes
+from trainer/config.py, the file tree from the docstrings under trainer/, the drawing and the rooms from the imports there.
 """
 
 import ast
+import functools
 import pathlib
-import sys
+from collections.abc import Callable
+
+from trainer.config import DEFAULTS, FLAG_INFO
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "architecture.md"
-sys.path.insert(0, str(ROOT / "tests"))
+TRAINER = ROOT / "trainer"
+# The order in which the file tree lists the modules and rooms of trainer/. Others come last.
+COMMANDS = ["task", "predict", "evaluate", "report", "inspect_data", "tune", "benchmark", "serve", "pack"]
+ROOMS = ["storage", "runtime", "data", "models", "artifacts", "training", "serving", "reporting", "benchmarks"]
+READING_ORDER = [*COMMANDS, "job", "config", "cli", "errors", "formatting", *ROOMS]
+# Almost every module imports these two, so that arrows to them would hide the others.
+NOT_DRAWN = {"errors", "formatting"}
 
-from test_imports import ALLOWED, TRAINER  # noqa: E402
+# The rest of the project, with the purpose of each file and folder: English, Spanish.
+PROJECT = {
+    "deploy/": (
+        "Vertex AI, Kubernetes and image specifications, flag files, and their README",
+        "especificaciones de Vertex AI, Kubernetes y la imagen, archivos de opciones, y su README",
+    ),
+    "docs/": (
+        "tutorial, architecture, image formats, buckets, choice of the defaults, benchmark, screenshots, and scripts",
+        "tutorial, arquitectura, formatos de imagen, buckets, elección de los valores, medidas, capturas y scripts",
+    ),
+    "scripts/": (
+        "fresh_check, which runs `make demo` and `make test` in a fresh clone",
+        "fresh_check, que ejecuta `make demo` y `make test` en una copia recién clonada",
+    ),
+    "tests/": (
+        "one test file per module, in the same folders as trainer/; whole jobs in end_to_end/, helpers in support/",
+        "un archivo por módulo, en las mismas carpetas que trainer/; trabajos completos en end_to_end/, ayudas en support/",
+    ),
+    "Makefile": (
+        "demo, test, check, format, lock, audit, coverage",
+        "demo, test, check, format, lock, audit, coverage",
+    ),
+    "Dockerfile": ("the image for CPU and GPU", "la imagen para CPU y GPU"),
+    "cloudbuild.yaml": (
+        "Cloud Build: tests, builds and pushes the image",
+        "Cloud Build: prueba, construye y publica la imagen",
+    ),
+    "setup.py": ("the package, its dependencies and extras", "el paquete, sus dependencias y extras"),
+    "constraints.txt": ("the exact versions that are tested", "las versiones exactas que se prueban"),
+    "pyproject.toml": ("settings of ruff, pytest, coverage and mypy", "ajustes de ruff, pytest, coverage y mypy"),
+    "CONTRIBUTING.md": ("how to check a change; dependencies", "cómo comprobar un cambio; dependencias"),
+    "CHANGELOG.md": ("what changed for users", "los cambios que notan los usuarios"),
+    "README.md": ("this page", "esta página en inglés"),
+    "README.es.md": ("this page in Spanish", "esta página"),
+    "LICENSE": ("Apache-2.0", "Apache-2.0"),
+}
 
-# What every stage writes files or talks to people with: arrows from these would hide the way of the data.
-EVERYWHERE = {"storage", "bucket", "config", "command", "wording"}
+SPANISH_TRAINER = {
+    "task.py": "entrena un clasificador con una carpeta de imágenes y lo exporta",
+    "predict.py": "etiqueta imágenes: archivos, carpetas, rutas gs://",
+    "evaluate.py": "evalúa uno o varios modelos con una carpeta etiquetada",
+    "report.py": "vuelve a dibujar el informe de un trabajo",
+    "inspect_data.py": "busca errores en una carpeta antes de entrenar",
+    "tune.py": "busca buenos valores de las opciones",
+    "benchmark.py": "mide este proyecto frente a las alternativas",
+    "serve.py": "sirve un modelo por HTTP",
+    "pack.py": "empaqueta archivos pequeños en fragmentos TFRecord",
+    "job.py": "el trabajo completo: de los datos preparados al modelo exportado y al informe",
+    "config.py": "la configuración; cada campo es una opción",
+    "cli.py": "lo común a todas las órdenes: opciones, registro, códigos de salida",
+    "errors.py": "los errores que el usuario puede corregir, y los demás",
+    "formatting.py": "números y duraciones como texto",
+    "storage/": "archivos locales y en buckets: escritura atómica, reintentos, bloqueo de job_dir",
+    "runtime/": "dónde corre el trabajo: máquinas, dispositivos, diagnóstico de la GPU, señales",
+    "data/": "de una carpeta de imágenes a lotes: listado, comprobación, partición, decodificación",
+    "models/": "ResNet50 con su cabeza, los pesos y Grad-CAM",
+    "artifacts/": "los archivos de job_dir y las métricas que contienen",
+    "training/": "pasos de entrenamiento, etapas, puntos de control y reanudación",
+    "serving/": "exportación comprobada, predicción y servidor HTTP",
+    "reporting/": "lo que lee una persona: plan, informe, gráficos, TensorBoard, ficha del modelo",
+    "benchmarks/": "las medidas que hace trainer.benchmark",
+}
+
+SPANISH_FLAGS = {
+    "image_size": "Alto y ancho en píxeles de la entrada de la red; 32 o más.",
+    "weights": "imagenet (Keras los descarga), none (aleatorios), o la ruta de un archivo de pesos de ResNet50 o de un "
+    "trabajo anterior.",
+    "batch_size": "Imágenes por paso entre todas las máquinas y dispositivos (el lote global).",
+    "head_epochs": "Épocas de la cabeza sola, sobre características que se calculan una vez.",
+    "epochs": "Épocas de ajuste de la red entera, después de la cabeza.",
+    "learning_rate": "Tasa de aprendizaje máxima del ajuste; `--head_learning_rate` es la de la cabeza.",
+    "class_weight": "balanced: los ejemplos de clases escasas pesan más en la pérdida.",
+    "early_stopping_patience": "Termina una etapa tras este número de épocas sin mejorar val_accuracy; 0: nunca.",
+    "precision": "auto: la precisión que el dispositivo calcula rápido; float32, mixed_float16, mixed_bfloat16.",
+    "require_gpu": "Termina con el código 2 y un diagnóstico si TensorFlow no ve ninguna GPU.",
+    "export_formats": "Separados por comas: saved_model, que siempre se escribe; tflite y onnx, que van a exports/ en job_dir.",
+}
 
 
-def drawing(root: str = "task") -> str:
-    """What `root` is built on, as Mermaid: an arrow goes from a module to those that take what it gives."""
-    taken = {name: allowed - EVERYWHERE for name, allowed in ALLOWED.items()}
-    names = _below(root, taken) | {root}
-    lines = ["```mermaid", "flowchart LR"]
-    for name in sorted(names):
-        others = {below for other in taken[name] for below in _below(other, taken)}
-        lines += [f"    {other} --> {name}" for other in sorted(taken[name] - others)]
-    return "\n".join([*lines, "```"])
-
-
-def _below(name: str, taken: dict[str, set[str]]) -> set[str]:
-    return {below for other in taken[name] for below in {other} | _below(other, taken)}
-
-
-def lines_of_files() -> str:
-    """A table of the modules, each with the first sentence of its docstring."""
-    rows = ["| file | what |", "| --- | --- |"]
-    for path in sorted(TRAINER.glob("*.py")):
-        if path.stem != "__init__":
-            first = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
-            rows.append(f"| `trainer/{path.name}` | {first} |")
+def flag_table(*, is_spanish: bool = False) -> str:
+    """The flags that README lists, in the order of Config, with their defaults."""
+    rows = ["| opción | por defecto | qué |" if is_spanish else "| flag | default | what |", "| --- | --- | --- |"]
+    for name, info in FLAG_INFO.items():
+        if info.in_readme:
+            text = SPANISH_FLAGS[name] if is_spanish else _english_help(name)
+            rows.append(f"| `--{name}` | {str(DEFAULTS[name]).lower()} | {text} |")
     return "\n".join(rows)
 
 
-def with_generated_parts(page: str) -> str:
-    """The page with what stands between its markers made anew."""
-    for name, part in (("drawing", drawing()), ("files", lines_of_files())):
+def _english_help(name: str) -> str:
+    """The help text of a flag, and its choices where the text does not name them."""
+    info = FLAG_INFO[name]
+    unnamed = [choice for choice in info.choices if choice not in info.help and choice != DEFAULTS[name]]
+    return info.help + (f" Other choices: {', '.join(unnamed)}." if unnamed else "")
+
+
+def file_tree() -> str:
+    """Every module under trainer/ with the first line of its docstring, then the rest of the project.
+
+    A package shows the docstring of its __init__.py.
+    """
+    lines = [("trainer/", _purpose(TRAINER / "__init__.py"))]
+    for path in _in_reading_order(TRAINER):
+        if path.is_file():
+            lines.append((f"  {path.name}", _purpose(path)))
+            continue
+        lines.append((f"  {path.name}/", _purpose(path / "__init__.py")))
+        for inner in _in_reading_order(path):
+            if inner.is_dir():
+                lines.append((f"    {inner.name}/", ", ".join(sorted(file.name for file in inner.iterdir()))))
+            else:
+                lines.append((f"    {inner.name}", _purpose(inner)))
+    return _as_tree([*lines, *((name, english) for name, (english, _) in PROJECT.items())])
+
+
+def spanish_file_tree() -> str:
+    """The commands and the rooms of trainer/, then the rest of the project."""
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in _in_reading_order(TRAINER)]
+    lines = [("trainer/", "el código"), *((f"  {name}", SPANISH_TRAINER[name]) for name in names)]
+    return _as_tree([*lines, *((name, spanish) for name, (_, spanish) in PROJECT.items())])
+
+
+def _as_tree(lines: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(["```", *(f"{name:{width}}{text}" for name, text in lines), "```"])
+
+
+def _in_reading_order(directory: pathlib.Path) -> list[pathlib.Path]:
+    def position(path: pathlib.Path) -> tuple[int, bool, str]:
+        rank = READING_ORDER.index(path.stem) if directory == TRAINER and path.stem in READING_ORDER else 1000
+        return rank, path.is_dir(), path.name
+
+    found = [path for path in directory.iterdir() if path.suffix == ".py" or path.is_dir()]
+    return sorted((path for path in found if not path.name.startswith("__")), key=position)
+
+
+def _purpose(path: pathlib.Path) -> str:
+    """The first line of a module's docstring. Raises ValueError if there is none."""
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    if not docstring:
+        raise ValueError(f"{path} has no docstring: write one, as the file tree of README.md shows its first line.")
+    return docstring.splitlines()[0]
+
+
+@functools.cache
+def room_imports() -> dict[str, set[str]]:
+    """For each room, top module and the commands together: the others that it imports, also inside functions."""
+    imports: dict[str, set[str]] = {}
+    for path in sorted(TRAINER.rglob("*.py")):
+        if path == TRAINER / "__init__.py":
+            continue
+        importing = _room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        imported = imports.setdefault(importing, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trainer":
+                imported |= {_room(f"{node.module}.{alias.name}") for alias in node.names} - {importing}
+    return imports
+
+
+def _room(module: str) -> str:
+    """`data` for trainer.data.splits or trainer.data.splits.choose, `commands` for trainer.task."""
+    name = module.split(".")[1]
+    return "commands" if name in COMMANDS else name
+
+
+def _reachable(room: str) -> set[str]:
+    """The rooms that `room` imports, directly or through others."""
+    return {below for imported in room_imports()[room] for below in {imported} | _reachable(imported)}
+
+
+def drawing() -> str:
+    """The imports between rooms as Mermaid, without the arrows that follow from others."""
+    lines = ["```mermaid", "flowchart TD"]
+    for room in sorted(room_imports(), key=_position):
+        imported = room_imports()[room]
+        indirect = {below for other in imported for below in _reachable(other)}
+        lines += [f"    {room} --> {other}" for other in sorted(imported - indirect - NOT_DRAWN, key=_position)]
+    return "\n".join([*lines, "```"])
+
+
+def layer_table() -> str:
+    """The rooms from the top layer to the lowest one. A layer is one above the highest that its rooms import."""
+
+    def level(room: str) -> int:
+        return max((level(imported) + 1 for imported in room_imports()[room]), default=0)
+
+    rows = ["| layer | rooms and modules | what they import |", "| --- | --- | --- |"]
+    for number in range(max(map(level, room_imports())), -1, -1):
+        rooms = sorted((room for room in room_imports() if level(room) == number), key=_position)
+        for row, room in enumerate(rooms):
+            imported = ", ".join(sorted(room_imports()[room], key=_position)) or "nothing of the project"
+            rows.append(f"| {'' if row else number} | {_link(room)} | {imported} |")
+    return "\n".join(rows)
+
+
+def _position(room: str) -> int:
+    order = ["commands", *READING_ORDER]
+    return order.index(room) if room in order else len(order)
+
+
+def _link(room: str) -> str:
+    if room == "commands":
+        return f"commands: {', '.join(f'`{name}`' for name in COMMANDS)}"
+    name = f"{room}/" if (TRAINER / room).is_dir() else f"{room}.py"
+    return f"[`{name}`](../trainer/{name})"
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"flags": flag_table, "files": file_tree},
+    "README.es.md": {"flags": functools.partial(flag_table, is_spanish=True), "files": spanish_file_tree},
+    "docs/architecture.md": {"drawing": drawing, "layers": layer_table},
+}
+
+
+def with_generated_parts(page: str, text: str) -> str:
+    """`text` of the page with its generated parts replaced. Raises ValueError if a marker is missing."""
+    for name, generate in PAGES[page].items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, _, behind = page.partition(start)
-        page = f"{before}{start}{part}\n{end}{behind.partition(end)[2]}"
-    return page
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"{page} has no or several {start.strip()} ... {end}: it needs each once.")
+        before, _, after = text.partition(start)
+        text = f"{before}{start}{generate()}\n{end}{after.partition(end)[2]}"
+    return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_generated_parts(PAGE.read_text()))
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(with_generated_parts(page, path.read_text()))
