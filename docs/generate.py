@@ -3,7 +3,7 @@
     python docs/generate.py
 
 A generated part is the text between the lines `<!-- NAME -->` and `<!-- end of NAME -->` of a page. The flag table comes
-from trainer/config.py, the file tree from the docstrings under trainer/, the drawing and the rooms from the imports there.
+from trainer/config.py, the file tree from the docstrings under trainer/, the drawing and the packages from the imports there.
 """
 
 import ast
@@ -15,10 +15,10 @@ from trainer.config import DEFAULTS, FLAG_INFO
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAINER = ROOT / "trainer"
-# The order in which the file tree lists the modules and rooms of trainer/. Others come last.
+# The order in which the file tree lists the modules and packages of trainer/. Others come last.
 COMMANDS = ["task", "predict", "evaluate", "report", "inspect_data", "tune", "benchmark", "serve", "pack"]
-ROOMS = ["storage", "runtime", "data", "models", "artifacts", "training", "serving", "reporting", "benchmarks"]
-READING_ORDER = [*COMMANDS, "job", "config", "cli", "errors", "formatting", *ROOMS]
+PACKAGES = ["storage", "runtime", "data", "models", "artifacts", "training", "serving", "reporting", "benchmarks"]
+READING_ORDER = [*COMMANDS, "job", "config", "cli", "errors", "formatting", *PACKAGES]
 # Almost every module imports these two, so that arrows to them would hide the others.
 NOT_DRAWN = {"errors", "formatting"}
 
@@ -138,7 +138,7 @@ def file_tree() -> str:
 
 
 def spanish_file_tree() -> str:
-    """The commands and the rooms of trainer/, then the rest of the project."""
+    """The commands and the packages of trainer/, then the rest of the project."""
     names = [f"{path.name}/" if path.is_dir() else path.name for path in _in_reading_order(TRAINER)]
     lines = [("trainer/", "el código"), *((f"  {name}", SPANISH_TRAINER[name]) for name in names)]
     return _as_tree([*lines, *((name, spanish) for name, (_, spanish) in PROJECT.items())])
@@ -167,8 +167,8 @@ def _purpose(path: pathlib.Path) -> str:
 
 
 @functools.cache
-def room_imports() -> dict[str, set[str]]:
-    """For each room, top module and the commands together: the others that it imports, also inside functions."""
+def package_imports() -> dict[str, set[str]]:
+    """For each package, top module and the commands together: the others that it imports, also inside functions."""
     imports: dict[str, set[str]] = {}
     for path in sorted(TRAINER.rglob("*.py")):
         if path == TRAINER / "__init__.py":
@@ -187,45 +187,45 @@ def _room(module: str) -> str:
     return "commands" if name in COMMANDS else name
 
 
-def _reachable(room: str) -> set[str]:
-    """The rooms that `room` imports, directly or through others."""
-    return {below for imported in room_imports()[room] for below in {imported} | _reachable(imported)}
+def _reachable(package: str) -> set[str]:
+    """The packages that `package` imports, directly or through others."""
+    return {below for imported in package_imports()[package] for below in {imported} | _reachable(imported)}
 
 
 def drawing() -> str:
-    """The imports between rooms as Mermaid, without the arrows that follow from others."""
+    """The imports between packages as Mermaid, without the arrows that follow from others."""
     lines = ["```mermaid", "flowchart TD"]
-    for room in sorted(room_imports(), key=_position):
-        imported = room_imports()[room]
+    for package in sorted(package_imports(), key=_position):
+        imported = package_imports()[package]
         indirect = {below for other in imported for below in _reachable(other)}
-        lines += [f"    {room} --> {other}" for other in sorted(imported - indirect - NOT_DRAWN, key=_position)]
+        lines += [f"    {package} --> {other}" for other in sorted(imported - indirect - NOT_DRAWN, key=_position)]
     return "\n".join([*lines, "```"])
 
 
 def layer_table() -> str:
-    """The rooms from the top layer to the lowest one. A layer is one above the highest that its rooms import."""
+    """The packages from the top layer to the lowest one. A layer is one above the highest that its packages import."""
 
-    def level(room: str) -> int:
-        return max((level(imported) + 1 for imported in room_imports()[room]), default=0)
+    def level(package: str) -> int:
+        return max((level(imported) + 1 for imported in package_imports()[package]), default=0)
 
-    rows = ["| layer | rooms and modules | what they import |", "| --- | --- | --- |"]
-    for number in range(max(map(level, room_imports())), -1, -1):
-        rooms = sorted((room for room in room_imports() if level(room) == number), key=_position)
-        for row, room in enumerate(rooms):
-            imported = ", ".join(sorted(room_imports()[room], key=_position)) or "nothing of the project"
-            rows.append(f"| {'' if row else number} | {_link(room)} | {imported} |")
+    rows = ["| layer | packages and modules | what they import |", "| --- | --- | --- |"]
+    for number in range(max(map(level, package_imports())), -1, -1):
+        packages = sorted((package for package in package_imports() if level(package) == number), key=_position)
+        for row, package in enumerate(packages):
+            imported = ", ".join(sorted(package_imports()[package], key=_position)) or "nothing of the project"
+            rows.append(f"| {'' if row else number} | {_link(package)} | {imported} |")
     return "\n".join(rows)
 
 
-def _position(room: str) -> int:
+def _position(package: str) -> int:
     order = ["commands", *READING_ORDER]
-    return order.index(room) if room in order else len(order)
+    return order.index(package) if package in order else len(order)
 
 
-def _link(room: str) -> str:
-    if room == "commands":
+def _link(package: str) -> str:
+    if package == "commands":
         return f"commands: {', '.join(f'`{name}`' for name in COMMANDS)}"
-    name = f"{room}/" if (TRAINER / room).is_dir() else f"{room}.py"
+    name = f"{package}/" if (TRAINER / package).is_dir() else f"{package}.py"
     return f"[`{name}`](../trainer/{name})"
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.support.paths import ROOT
 
 COMMANDS = ["task", "predict", "evaluate", "report", "inspect_data", "tune", "benchmark", "serve", "pack"]
-# Top to bottom. A module may import from lower layers and from its own room, never from its own layer's other rooms.
+# Top to bottom. A module may import from lower layers and from its own package, never from its own layer's other packages.
 LAYERS = [
     COMMANDS,
     ["job"],
@@ -19,12 +19,12 @@ LAYERS = [
     ["config", "cli", "storage", "runtime"],
     ["errors", "formatting"],
 ]
-LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 FILES = sorted((ROOT / "trainer").rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in FILES}
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split(".")[1]
 
 
@@ -40,8 +40,8 @@ def imports_of(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize("module", [name for name in MODULES if not name.endswith("__init__")])
 def test_imports_point_only_downwards(module):
     for imported in imports_of(MODULES[module]):
-        is_same_room = room_of(imported) == room_of(module)
-        assert is_same_room or LEVEL[room_of(imported)] > LEVEL[room_of(module)], imported
+        is_same_package = package_of(imported) == package_of(module)
+        assert is_same_package or LEVEL[package_of(imported)] > LEVEL[package_of(module)], imported
 
 
 def test_no_package_imports_anything():
@@ -59,11 +59,11 @@ def test_no_imports_form_a_circle():
 
 def test_only_commands_touch_flags_and_the_environment():
     for name, tree in MODULES.items():
-        if room_of(name) not in {*COMMANDS, "cli"}:
+        if package_of(name) not in {*COMMANDS, "cli"}:
             attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
             assert not attributes & {"os.environ", "flags.FLAGS"}, name
 
 
 def test_every_module_belongs_to_a_layer():
-    rooms = {room_of(name) for name in MODULES if name != "trainer.__init__"}
-    assert rooms == set(itertools.chain.from_iterable(LAYERS))
+    packages = {package_of(name) for name in MODULES if name != "trainer.__init__"}
+    assert packages == set(itertools.chain.from_iterable(LAYERS))

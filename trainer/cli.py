@@ -178,7 +178,7 @@ def _help_text(program: str, docstring: str, module: str) -> str:
         default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str})".replace("'", "")
         lines.append(f"  --{flag.name}={kind}" if not flag.boolean else f"  --[no]{flag.name}")
         indent = " " * 6
-        help_text = " ".join((flag.help or "").split())
+        help_text = " ".join((flag.help or "").split()).removeprefix(f"<{values}>: ")  # absl repeats the choices
         lines += textwrap.wrap(help_text + default, width, initial_indent=indent, subsequent_indent=indent)
     lines += ["  --flagfile=FILE", "      Read flags from a file, one --name=value per line."]
     return "\n".join(lines)

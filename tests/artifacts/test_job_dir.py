@@ -76,7 +76,7 @@ def test_tables_have_their_columns(paths):
     assert rows_of(paths.bad_files) == [{"path": "cat/1.jpg", "reason": "empty"}]
 
 
-def test_predictions_have_the_top_class_and_the_probability_of_the_label(paths):
+def test_predictions_have_top_class_and_label_probability(paths):
     probabilities = np.array([[0.25, 0.75], [0.125, 0.875]], np.float32)
     paths.write_predictions(examples("cat", "dog"), probabilities, ("cat", "dog"))
     assert [tuple(row[name] for name in PREDICTION_COLUMNS) for row in rows_of(paths.predictions)] == [

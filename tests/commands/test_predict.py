@@ -13,7 +13,7 @@ from trainer.serving import batch, classifier
 
 
 @pytest.mark.slow
-def test_a_killed_command_resumes_and_writes_what_an_undisturbed_one_writes(tiny_model_dir, tmp_path):
+def test_a_killed_command_resumes_to_the_same_output(tiny_model_dir, tmp_path):
     folder, output = tmp_path / "pictures", tmp_path / "labels.csv"
     (folder / "inner").mkdir(parents=True)
     large = make_image(2, height=3000, width=3000)  # slow enough to be killed during one of these

@@ -73,7 +73,7 @@ def test_every_arrow_of_the_drawing_is_an_import():
     arrows = re.findall(r"^ +(\w+) --> (\w+)$", ARCHITECTURE, re.MULTILINE)
     assert len(arrows) > 10
     for importing, imported in arrows:
-        assert imported in generate.room_imports()[importing]
+        assert imported in generate.package_imports()[importing]
 
 
 def test_each_worked_change_is_linked_from_the_table():

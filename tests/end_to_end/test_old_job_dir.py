@@ -1,4 +1,4 @@
-"""A job_dir and a SavedModel from before the rooms of trainer/ existed still work.
+"""A job_dir and a SavedModel from before the packages of trainer/ existed still work.
 
 old_job_dir.zip was made by that code: a run killed in its fifth epoch of eight (three of the head, five of the whole
 network), the history of the same run without the kill, a SavedModel and what trainer.predict answered with it.
