@@ -58,4 +58,4 @@ def run(
 
 
 def _ignore_signal(number: int, frame: object) -> None:
-    pass
+    """Ends neither the process nor the server; uvicorn has done that already."""
