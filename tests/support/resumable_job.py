@@ -13,9 +13,9 @@ from tests.support.paths import TINY_JOB
 from trainer.artifacts.job_dir import JobDir
 
 # Both stages, dropout, augmentation, a schedule with warm-up, label smoothing, class weights, early stopping.
-FLAGS = ["--image_size=32", "--batch_size=8", "--head_epochs=8", "--epochs=30", "--learning_rate=3e-3",
+FLAGS = ["--image_size=32", "--batch_size=8", "--head_epochs=8", "--epochs=14", "--learning_rate=3e-3",
          "--head_learning_rate=0.02", "--dropout=0.3", "--label_smoothing=0.1", "--warmup_epochs=1", "--precision=float32",
-         "--preprocessing=rescale", "--early_stopping_patience=20", "--class_weight=balanced", "--steps_per_loop=1",
+         "--preprocessing=rescale", "--early_stopping_patience=10", "--class_weight=balanced", "--steps_per_loop=1",
          "--checkpoint_secs=1"]  # fmt: skip
 
 
