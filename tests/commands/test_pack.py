@@ -1,10 +1,13 @@
 """The pack command writes shards that a job reads as its data directory."""
 
+import pytest
+
 from tests.support.images import write_images
 from tests.support.processes import run_command
 from trainer.data.dataset import read_folder
 
 
+@pytest.mark.slow
 def test_the_command_packs_a_folder(tmp_path):
     data = write_images(tmp_path / "data", {"cat": 3, "dog": 2})
     output_dir = tmp_path / "packed"

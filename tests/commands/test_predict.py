@@ -50,6 +50,7 @@ def test_a_killed_command_resumes_to_the_same_output(tiny_model_dir, tmp_path):
     assert output.read_text() == (tmp_path / "other.csv").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -18,6 +18,7 @@ def test_the_report_is_drawn_into_the_folder(tmp_path, report_dir):
     assert str(page) in result.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_run_is_one_line(tmp_path):
     result = run_command("trainer.report", f"--job_dir={tmp_path}")
     assert result.returncode == 2
