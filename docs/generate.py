@@ -18,7 +18,7 @@ TRAINER = ROOT / "trainer"
 # The order in which the file tree lists the modules and packages of trainer/. Others come last.
 COMMANDS = ["task", "predict", "evaluate", "report", "inspect_data", "tune", "benchmark", "serve", "pack"]
 PACKAGES = ["storage", "runtime", "data", "models", "artifacts", "training", "serving", "reporting", "benchmarks"]
-READING_ORDER = [*COMMANDS, "job", "config", "cli", "errors", "formatting", *PACKAGES]
+READING_ORDER = [*COMMANDS, "job", "config", "recipes", "cli", "errors", "formatting", *PACKAGES]
 # Almost every module imports these two, so that arrows to them would hide the others.
 NOT_DRAWN = {"errors", "formatting"}
 
@@ -71,6 +71,7 @@ SPANISH_TRAINER = {
     "pack.py": "empaqueta archivos pequeños en fragmentos TFRecord",
     "job.py": "el trabajo completo: de los datos preparados al modelo exportado y al informe",
     "config.py": "la configuración; cada campo es una opción",
+    "recipes.py": "--recipe: cuántas épocas se ajusta la red entera, y la receta del artículo",
     "cli.py": "lo común a todas las órdenes: opciones, registro, códigos de salida",
     "errors.py": "los errores que el usuario puede corregir, y los demás",
     "formatting.py": "números y duraciones como texto",
@@ -89,12 +90,16 @@ SPANISH_FLAGS = {
     "image_size": "Alto y ancho en píxeles de la entrada de la red; 32 o más.",
     "weights": "imagenet (Keras los descarga), none (aleatorios), o la ruta de un archivo de pesos de ResNet50 o de un "
     "trabajo anterior.",
+    "recipe": "Qué se entrena, en una palabra. head: solo la cabeza; finetune: después la red entera; auto: finetune en una "
+    "GPU si dura menos de una hora, si no head; article: la receta del artículo. Cualquier otra opción prevalece.",
     "batch_size": "Imágenes por paso entre todas las máquinas y dispositivos (el lote global).",
-    "head_epochs": "Épocas de la cabeza sola, sobre características que se calculan una vez.",
-    "epochs": "Épocas de ajuste de la red entera, después de la cabeza.",
-    "learning_rate": "Tasa de aprendizaje máxima del ajuste; `--head_learning_rate` es la de la cabeza.",
+    "head_epochs": "Épocas de la cabeza sola, sobre características que se calculan una vez. -1: hasta el óptimo, por "
+    "regresión logística o, en carpetas muy grandes, 15 épocas.",
+    "epochs": "Épocas de ajuste de la red entera, después de la cabeza. -1: las que decide --recipe.",
+    "learning_rate": "Tasa de aprendizaje máxima del ajuste. Con lamb es relativa: el mayor cambio de una capa en un paso, "
+    "como fracción de sus pesos.",
     "class_weight": "balanced: los ejemplos de clases escasas pesan más en la pérdida.",
-    "early_stopping_patience": "Termina una etapa tras este número de épocas sin mejorar val_accuracy; 0: nunca.",
+    "early_stopping_patience": "Termina una etapa tras este número de épocas sin mejorar --monitor; 0: nunca.",
     "precision": "auto: la precisión que el dispositivo calcula rápido; float32, mixed_float16, mixed_bfloat16.",
     "require_gpu": "Termina con el código 2 y un diagnóstico si TensorFlow no ve ninguna GPU.",
     "export_formats": "Separados por comas: saved_model, que siempre se escribe; tflite y onnx, que van a exports/ en job_dir.",

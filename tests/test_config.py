@@ -39,10 +39,13 @@ def test_every_default_is_allowed():
         ({"head_learning_rate": math.inf}, "--head_learning_rate is inf"),
         ({"validation_split": 1.0}, "--validation_split is 1.0: pass a number above 0 and below 1"),
         ({"dropout": 0.96}, "--dropout is 0.96: pass a number of at least 0 and of at most 0.95"),
-        ({"optimizer": "lion"}, "--optimizer is 'lion': pass one of adam, adamw, sgd"),
+        ({"optimizer": "lion"}, "--optimizer is 'lion': pass one of auto, adam, adamw, lamb, sgd"),
         ({"head_epochs": 0, "epochs": 0}, "both 0"),
-        ({"weights": "none"}, "--weights=none with --head_epochs=15"),
-        ({"warmup_epochs": 20.0}, "longer than a stage"),
+        ({"head_epochs": 0, "recipe": "head"}, "nothing would be trained"),
+        ({"weights": "none"}, "--weights=none with --head_epochs=-1"),
+        ({"warmup_epochs": 20.0, "epochs": 10}, "longer than a stage"),
+        ({"head_learning_rate": 0.01}, "--head_learning_rate is 0.01, but the head is fitted without a learning rate"),
+        ({"monitor": "accuracy"}, "--monitor is 'accuracy': pass one of auto, val_accuracy"),
         ({"max_cost": 3.0}, "--max_cost is 3.0, but --price_per_hour is not set"),
         ({"profile_steps": "5"}, "--profile_steps is '5'"),
         ({"profile_steps": "0,3"}, "--profile_steps is '0,3'"),
@@ -69,4 +72,31 @@ def test_profile_range_is_the_first_and_last_step():
 def test_changes_lists_what_makes_another_run():
     before = Config().as_dict()
     now = Config(learning_rate=0.5, epochs=7, checkpoint_secs=9).as_dict()
-    assert config.changes(before, now) == ["learning_rate: 3e-07 -> 0.5"]
+    assert config.changes(before, now) == ["learning_rate: 0.001 -> 0.5"]
+
+
+def test_the_monitored_metric_follows_the_class_weights():
+    assert Config().monitored_metric == "val_accuracy"
+    assert Config(class_weight="balanced").monitored_metric == "balanced_accuracy"
+    assert Config(class_weight="balanced", monitor="val_loss").monitored_metric == "val_loss"
+
+
+def test_a_run_of_an_earlier_version_keeps_the_defaults_that_it_began_with():
+    earlier = {
+        "flags": {"augment": True, "learning_rate": 3e-7, "dropout": 0.4, "epochs": 2},
+        "defaults": {"augment": True, "learning_rate": 3e-7, "dropout": 0.2, "epochs": 0},
+    }
+    resumed = config.with_earlier_defaults(Config(dropout=0.4, epochs=2), earlier)
+    assert resumed == Config(learning_rate=3e-7, dropout=0.4, epochs=2)
+    assert config.changes(earlier["flags"], resumed.as_dict()) == []
+    assert config.with_earlier_defaults(Config(learning_rate=0.1), earlier).learning_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("--augment", "basic"), ("--noaugment", "none"), ("--augment=strong", "strong"), ("--augment=none", "none")],
+)
+def test_augment_is_still_a_switch_too(argument, value):
+    values = flags_of(config.define_flags)
+    values(["program", argument])
+    assert values["augment"].value == value

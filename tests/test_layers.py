@@ -15,7 +15,7 @@ LAYERS = [
     ["serving", "benchmarks"],
     ["training", "reporting"],
     ["models", "artifacts"],
-    ["data"],
+    ["data", "recipes"],
     ["config", "cli", "storage", "runtime"],
     ["errors", "formatting"],
 ]

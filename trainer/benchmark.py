@@ -5,7 +5,8 @@
     python -m trainer.benchmark --data_dir=pictures --weights=weights.h5 --suite=accuracy,step
         two suites on your own images
 
-    accuracy   seconds to 96.49 % validation accuracy: the default recipe, and the article's recipe in Keras
+    accuracy   seconds to 96.49 % validation accuracy: the default recipe, and the article's recipe in Keras;
+               with --recipe_dirs also the accuracy of recipes on images that were cut off before
     step       images per second of the training loop, of Keras fit, and of PyTorch where it is installed
     input      the input pipeline, image_dataset_from_directory, ImageDataGenerator and a plain decode
     resume     seconds to the first step after a cold start and after a resume; seconds to save and exit
@@ -23,7 +24,7 @@ from absl import flags
 
 from trainer import cli
 from trainer.benchmarks import results
-from trainer.benchmarks.suite import Suite, one_device
+from trainer.benchmarks.suite import RECIPES, Suite, one_device
 from trainer.data import synthetic
 from trainer.data.dataset import read_folder
 from trainer.errors import UserError
@@ -54,6 +55,14 @@ def define_flags() -> None:
         25,
         "Suite accuracy: time limit of the article's recipe, as a multiple of the time of the default recipe.",
         lower_bound=0.1,
+    )
+    flags.DEFINE_list(
+        "recipe_dirs", [], "Suite accuracy: folders on which recipes are compared. Without --data_dir, nothing else is."
+    )
+    flags.DEFINE_list("recipe_sizes", "20,50,all", "Suite accuracy: images per class, comma-separated.")
+    flags.DEFINE_list("recipes", list(RECIPES), f"Suite accuracy: recipes to compare, of {', '.join(RECIPES)}.")
+    flags.DEFINE_float(
+        "recipe_limit_secs", 3600, "Suite accuracy: time limit of a recipe in Keras, which ends with its last epoch."
     )
     flags.DEFINE_string("note", "", "Text for benchmark.md on the conditions of the run, such as other load.")
     flags.DEFINE_string("bucket_dir", "", "Suite bucket: gs:// folder with all images of --data_dir.")
@@ -88,6 +97,11 @@ def _check_flags(arguments: list[str], suites: list[str]) -> None:
     unknown = [*arguments, *(name for name in suites if name not in SUITES)]
     if unknown:
         raise UserError(f"{unknown[0]!r} is not a suite: pass --suite with one or more of {','.join(SUITES)}.")
+    for name in set(flags.FLAGS.recipes) - set(RECIPES):
+        raise UserError(f"--recipes has {name!r}: pass one or more of {','.join(RECIPES)}.")
+    for size in flags.FLAGS.recipe_sizes:
+        if size != "all" and not (size.isdigit() and int(size) >= 5):
+            raise UserError(f"--recipe_sizes has {size!r}: pass comma-separated integers of 5 or more, or all.")
     if "bucket" in suites:
         cli.require("data_dir", "bucket_dir", "packed_dir")
     sizes = flags.FLAGS.growth_sizes
@@ -103,11 +117,7 @@ def _suites(name: str, folder: str, directory: str) -> list[Suite]:
     values = flags.FLAGS
     size = values.image_size
     if name == "accuracy":
-        return [
-            end_to_end.accuracy_suite(
-                folder, values.weights, directory, image_size=size, budget_factor=values.budget_factor
-            )
-        ]
+        return [*_time_to_goal_suites(folder, directory), *_recipe_suites(directory)]
     if name == "step":
         return [_step_suite(folder)]
     if name == "input":
@@ -124,6 +134,34 @@ def _suites(name: str, folder: str, directory: str) -> list[Suite]:
         sizes = sorted(int(number) for number in values.growth_sizes)
         return [end_to_end.growth_suite(folder, directory, sizes=sizes, image_size=size)]
     return [bucket.bucket_suite(values.data_dir, values.bucket_dir, values.packed_dir, image_size=size)]
+
+
+def _time_to_goal_suites(folder: str, directory: str) -> list[Suite]:
+    from trainer.benchmarks import end_to_end
+
+    values = flags.FLAGS
+    if values.recipe_dirs and not values.data_dir:
+        return []
+    return [
+        end_to_end.accuracy_suite(
+            folder, values.weights, directory, image_size=values.image_size, budget_factor=values.budget_factor
+        )
+    ]
+
+
+def _recipe_suites(directory: str) -> list[Suite]:
+    from trainer.benchmarks import recipes
+
+    values = flags.FLAGS
+    return recipes.recipe_suites(
+        values.recipe_dirs,
+        values.weights,
+        os.path.join(directory, "recipes"),
+        image_size=values.image_size,
+        sizes=[0 if size == "all" else int(size) for size in values.recipe_sizes],
+        names=values.recipes,
+        limit_seconds=values.recipe_limit_secs,
+    )
 
 
 def _step_suite(folder: str) -> Suite:

@@ -113,6 +113,11 @@ def flag_values(names: Iterable[str]) -> dict[str, Any]:
     return {name: flags.FLAGS[name].value for name in names}
 
 
+def given_flags(names: Iterable[str]) -> list[str]:
+    """Those of the flags that the command line or a flag file sets."""
+    return [name for name in names if flags.FLAGS[name].present]
+
+
 def import_tensorflow() -> None:
     """Imports TensorFlow without the four lines that its C++ code writes to stderr at any log level.
 
@@ -176,7 +181,7 @@ def _help_text(program: str, docstring: str, module: str) -> str:
         values = "|".join(getattr(flag.parser, "enum_values", ()) or ())
         kind = values or flag.flag_type()
         default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str})".replace("'", "")
-        lines.append(f"  --{flag.name}={kind}" if not flag.boolean else f"  --[no]{flag.name}")
+        lines.append(f"  --{flag.name}={kind}" if values or not flag.boolean else f"  --[no]{flag.name}")
         indent = " " * 6
         help_text = " ".join((flag.help or "").split()).removeprefix(f"<{values}>: ")  # absl repeats the choices
         lines += textwrap.wrap(help_text + default, width, initial_indent=indent, subsequent_indent=indent)

@@ -13,6 +13,7 @@ from absl import flags
 
 from trainer.errors import UserError
 
+AUGMENT_SWITCH = {"true": "basic", "false": "none"}  # the values of --augment in earlier versions
 REMOTE_READ_PARALLELISM = 48  # concurrent requests: at 50 ms each, a thousand objects per second
 
 # What --export_formats may name, and the import names of the packages that each format needs beyond the job's own.
@@ -136,7 +137,18 @@ class Config:
         resumable=True,
         per_worker=True,
     )
-    augment: bool = _flag(True, "Random crops, flips and colors in fine-tuning; never in validation or serving.")
+    augment: str = _flag(
+        "basic",
+        "Augmentation in fine-tuning, never in validation or serving. basic: crops and colors; strong: smaller crops, "
+        "stronger colors, rotation and erased parts. Both with flips, see --flip.",
+        choices=("none", "basic", "strong"),
+    )
+    flip: str = _flag(
+        "auto",
+        "Whether augmentation flips images left to right. auto: unless the head, on flipped validation images, confuses "
+        "classes, as it does where left and right matter (letters, arrows, left and right hands).",
+        choices=("auto", "on", "off"),
+    )
     # network
     weights: str = _flag(
         "imagenet",
@@ -157,36 +169,60 @@ class Config:
     dropout: float = _flag(0.2, "Fraction of features dropped in training.", at_least=0, at_most=0.95)
     summary: bool = _flag(False, "Print the network layer by layer.", resumable=True)
     # recipe
+    recipe: str = _flag(
+        "auto",
+        "What is trained, in one word. head: the head alone; finetune: then the whole network; auto: finetune on a GPU where "
+        "it takes less than an hour, else head; article: the article's recipe. Every other flag overrides it.",
+        choices=("auto", "head", "finetune", "article"),
+        resumable=True,
+        in_readme=True,
+    )
+    monitor: str = _flag(
+        "auto",
+        "Metric of the validation images that decides which epoch is exported. Of equal epochs the one with the lower "
+        "val_loss is exported, or with first_val_accuracy the first. auto: val_accuracy, or with --class_weight=balanced "
+        "balanced_accuracy.",
+        choices=("auto", "val_accuracy", "val_loss", "balanced_accuracy", "first_val_accuracy"),
+    )
     batch_size: int = _flag(
         32, "Images per step over all workers and devices (the global batch).", at_least=1, in_readme=True
     )
     head_epochs: int = _flag(
-        15,
-        "Epochs of the head alone, on features that are computed once.",
-        at_least=0,
+        -1,
+        "Epochs of the head alone, on features that are computed once. -1: until it is done, by logistic regression or, on "
+        "very large folders, 15 epochs.",
+        at_least=-1,
         resumable=True,
         in_readme=True,
     )
     epochs: int = _flag(
-        0,
-        "Epochs of fine-tuning the whole network, after the head.",
-        at_least=0,
+        -1,
+        "Epochs of fine-tuning the whole network, after the head. -1: as --recipe decides.",
+        at_least=-1,
         resumable=True,
         in_readme=True,
     )
     head_learning_rate: float = _flag(1e-3, "Peak learning rate of the head's epochs.", above=0)
     learning_rate: float = _flag(
-        3e-7,
-        "Peak learning rate of fine-tuning; --head_learning_rate is that of the head.",
+        1e-3,
+        "Peak learning rate of fine-tuning. With lamb it is relative: the largest change of a layer in one step, as a "
+        "fraction of its weights.",
         above=0,
         in_readme=True,
     )
-    optimizer: str = _flag("adam", "Keras optimizer; sgd has momentum 0.9.", choices=("adam", "adamw", "sgd"))
+    optimizer: str = _flag(
+        "auto",
+        "Keras optimizer; sgd has momentum 0.9. auto: lamb to fine-tune pretrained weights, else adam.",
+        choices=("auto", "adam", "adamw", "lamb", "sgd"),
+    )
     lr_schedule: str = _flag(
         "cosine", "Schedule from the peak learning rate; cosine ends at 0.", choices=("constant", "cosine")
     )
     warmup_epochs: float = _flag(
-        0.0, "Epochs at the start of each stage in which the learning rate rises linearly from 0.", at_least=0
+        -1.0,
+        "Epochs at the start of each stage in which the learning rate rises linearly from 0. -1: a tenth of fine-tuning, "
+        "none of the head.",
+        at_least=-1,
     )
     weight_decay: float = _flag(0.0, "Decoupled weight decay; 0: none (adamw: Keras' 0.004).", at_least=0)
     clip_norm: float = _flag(0.0, "Largest norm of the global batch's gradient; 0: no clipping.", at_least=0)
@@ -201,7 +237,7 @@ class Config:
     )
     early_stopping_patience: int = _flag(
         0,
-        "Stop a stage after this many epochs without a better val_accuracy; 0: never.",
+        "Stop a stage after this many epochs without a better --monitor; 0: never.",
         at_least=0,
         resumable=True,
         in_readme=True,
@@ -300,9 +336,14 @@ class Config:
         """Checks the bounds of each field, then what only several fields together show."""
         for name, info in FLAG_INFO.items():
             info.check(name, getattr(self, name))
-        if self.head_epochs + self.epochs == 0:
+        if self.head_epochs == 0 and (self.epochs == 0 or self.recipe == "head"):
             raise UserError(
                 "--head_epochs and --epochs are both 0, so nothing would be trained: set one of them above 0."
+            )
+        if self.head_epochs == -1 and self.head_learning_rate != DEFAULTS["head_learning_rate"]:
+            raise UserError(
+                f"--head_learning_rate is {self.head_learning_rate}, but the head is fitted without a learning rate: pass "
+                "--head_epochs=15 too, or leave it out."
             )
         if self.weights == "none" and self.head_epochs:
             raise UserError(
@@ -311,7 +352,7 @@ class Config:
             )
         if self.max_cost and not self.price_per_hour:
             raise UserError(f"--max_cost is {self.max_cost}, but --price_per_hour is not set: pass both.")
-        shortest_stage = min(epochs for epochs in (self.head_epochs, self.epochs) if epochs)
+        shortest_stage = min((epochs for epochs in (self.head_epochs, self.epochs) if epochs > 0), default=math.inf)
         if self.warmup_epochs > shortest_stage:
             raise UserError(
                 f"--warmup_epochs is {self.warmup_epochs}, longer than a stage of "
@@ -324,6 +365,13 @@ class Config:
                     f"{', '.join(EXPORT_PACKAGES)}, separated by commas."
                 )
         self.profile_range()
+
+    @property
+    def monitored_metric(self) -> str:
+        """The metric that decides which epoch is exported: --monitor, resolved."""
+        if self.monitor != "auto":
+            return self.monitor
+        return "balanced_accuracy" if self.class_weight == "balanced" else "val_accuracy"
 
     def profile_range(self) -> tuple[int, int] | None:
         """First and last step of --profile_steps, counted from 1; None if it is not set. Raises UserError."""
@@ -350,6 +398,17 @@ MAY_DIFFER_BETWEEN_WORKERS = frozenset(name for name, info in FLAG_INFO.items() 
 HYPERPARAMETERS = (*(name for name in DEFAULTS if name not in MAY_CHANGE_ON_RESUME), "head_epochs", "epochs")
 
 
+class _AugmentFlag(flags.EnumFlag):
+    """--augment=none|basic|strong, also as --augment and --noaugment, the switch that it was in earlier versions."""
+
+    def __init__(self, name: str, default: str, help_text: str, choices: list[str]):
+        super().__init__(name, default, help_text, choices)
+        self.boolean = True  # absl then accepts the name without a value, and with `no` in front
+
+    def _parse(self, argument: Any) -> Any:
+        return super()._parse(AUGMENT_SWITCH.get(argument, argument))
+
+
 def define_flags() -> None:
     """Defines one absl flag for each field of Config, but for verbosity, which absl defines itself.
 
@@ -364,16 +423,47 @@ def define_flags() -> None:
     for name, info in FLAG_INFO.items():
         if name == "verbosity":
             continue
-        if info.choices:
+        if name == "augment":
+            flags.DEFINE_flag(_AugmentFlag(name, DEFAULTS[name], info.help, list(info.choices)))
+        elif info.choices:
             flags.DEFINE_enum(name, DEFAULTS[name], list(info.choices), info.help)
         else:
             defines[type(DEFAULTS[name])](name, DEFAULTS[name], info.help)
 
 
+def with_earlier_defaults(settings: Config, earlier: dict[str, Any]) -> Config:
+    """The flags of a resumed run: those at their default have the default of the version that began it.
+
+    `earlier` is the value of its config.json. A flag that this version added keeps its default.
+    """
+    flags, defaults = _with_augment_names(earlier["flags"]), _with_augment_names(earlier["defaults"])
+    return dataclasses.replace(
+        settings,
+        **{
+            name: flags[name]
+            for name, default in DEFAULTS.items()
+            if name in flags and getattr(settings, name) == default and flags[name] == defaults.get(name)
+        },
+    )
+
+
+def _with_augment_names(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "augment": augment_name(values["augment"])}
+
+
+def augment_name(value: str | bool) -> str:
+    """The value of --augment; that of an earlier version was a bool."""
+    return AUGMENT_SWITCH.get(str(value).lower(), str(value))
+
+
 def changes(before: dict, now: dict) -> list[str]:
-    """Fields of two Config.as_dict() that differ and make it another run, each as `name: before -> now`."""
+    """Fields of two Config.as_dict() that differ and make it another run, each as `name: before -> now`.
+
+    A field that an earlier version did not have counts as unchanged while it has its default.
+    """
+    before = _with_augment_names(before)
     return [
         f"{name}: {before.get(name)} -> {now[name]}"
         for name in now
-        if name not in MAY_CHANGE_ON_RESUME and before.get(name) != now[name]
+        if name not in MAY_CHANGE_ON_RESUME and before.get(name, DEFAULTS[name]) != now[name]
     ]

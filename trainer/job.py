@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-from trainer import cli, config, formatting
+from trainer import cli, config, formatting, recipes
 from trainer.artifacts import metrics, run_record
 from trainer.artifacts.job_dir import JobDir
 from trainer.config import Config
@@ -60,6 +60,7 @@ class PreparedJob:
     split_origin: str
     fingerprint: str
     profile_range: tuple[int, int] | None
+    epochs_reason: str  # why --epochs of `settings` has its value
     stop: StopSignal
     report_metrics: Callable[[dict], None]
     build_network: Callable[..., Network] = resnet.build
@@ -74,6 +75,7 @@ class Job:
     precision: str
     xla: bool
     paths: JobDir
+    resolved: dict[str, Any]  # what config.json says of the values that the flags left open
     cost: Cost
     progress: ProgressReporter
     images: ImageSource
@@ -117,6 +119,7 @@ def run(prepared: PreparedJob) -> int:
         "devices": list(machine.names),
         "cluster": cluster.source,
         "split": prepared.split_origin,
+        "epochs_reason": prepared.epochs_reason,
     }
     if settings.dry_run:
         print(plan.describe(settings, prepared.folder, prepared.split, resolved))
@@ -135,6 +138,7 @@ def run(prepared: PreparedJob) -> int:
         precision=precision,
         xla=xla,
         paths=paths,
+        resolved=resolved,
         cost=cost,
         progress=ProgressReporter(shows_bars=cli.shows_bars(), last_stage=last_stage, cost=cost),
         images=_image_source(prepared, paths),
@@ -144,7 +148,8 @@ def run(prepared: PreparedJob) -> int:
         f"{machine.replicas}; devices here: {', '.join(machine.names)}; {precision}, because {precision_reason}; "
         f"XLA {'on' if xla else 'off'}."
     )
-    return _run_locked(job, finished, resolved)
+    logging.info("Fine-tuning of the whole network: %d epochs (%s).", settings.epochs, prepared.epochs_reason)
+    return _run_locked(job, finished)
 
 
 def _finished_run(prepared: PreparedJob, paths: JobDir) -> FinishedRun:
@@ -204,14 +209,14 @@ def _is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> 
     return True
 
 
-def _run_locked(job: Job, finished: FinishedRun, resolved: dict[str, Any]) -> int:
+def _run_locked(job: Job, finished: FinishedRun) -> int:
     """Trains and exports while this job holds the lock of job_dir; returns the exit code."""
     settings, cluster = job.settings, job.prepared.cluster
     try:
         with _lock(job):
             if job.is_chief:
                 job.paths.remove_partial_files()
-                _write_run_info(job, resolved)
+                _write_run_info(job)
             try:
                 _train_and_export(job, finished)
             except tf.errors.OpError as error:  # TensorFlow wraps what Python raised while it was reading
@@ -256,7 +261,7 @@ def _first_line(error: tf.errors.OpError) -> str:
     return error.message.splitlines()[0][:300]
 
 
-def _write_run_info(job: Job, resolved: dict[str, Any]) -> None:
+def _write_run_info(job: Job) -> None:
     folder = job.prepared.folder
     job.paths.write_split(job.prepared.split, folder.class_names)
     job.paths.write_bad_files(folder.bad_files)
@@ -264,7 +269,7 @@ def _write_run_info(job: Job, resolved: dict[str, Any]) -> None:
         {
             "flags": job.settings.as_dict(),
             "defaults": config.DEFAULTS,
-            "resolved": resolved,
+            "resolved": job.resolved,
             "versions": {
                 "tensorflow": tf.__version__,
                 "keras": keras.__version__,
@@ -336,6 +341,7 @@ def _make_trainer(job: Job, network: Network) -> Trainer:
         is_chief=job.is_chief,
         validation_labels=job.prepared.split.validation.labels,
         options=TrainerOptions(
+            monitor=settings.monitored_metric,
             label_smoothing=settings.label_smoothing,
             early_stopping_patience=settings.early_stopping_patience,
             checkpoint_secs=settings.checkpoint_secs,
@@ -385,9 +391,40 @@ def _remaining_stages(job: Job, network: Network, trainer: Trainer) -> Iterator[
     """The stages that are not complete; each is prepared when the one before has ended."""
     inputs = _stage_inputs(job, network)
     if job.settings.head_epochs and trainer.state.stage != WHOLE_NETWORK:
-        yield _make_stage(job, inputs, HEAD)
+        stage = _make_stage(job, inputs, HEAD)
+        if not job.settings.epochs:
+            _log_cost_of_finetuning(job, stage)
+        yield stage
     if job.settings.epochs:
-        yield _make_stage(job, inputs, WHOLE_NETWORK)
+        if trainer.state.stage != WHOLE_NETWORK:
+            trainer.state.flips = _choose_flips(job, inputs, trainer)
+        job.resolved["flips"] = trainer.state.flips
+        if job.is_chief:
+            _write_run_info(job)
+        yield _make_stage(job, inputs, WHOLE_NETWORK, flips=trainer.state.flips)
+
+
+def _log_cost_of_finetuning(job: Job, stage: Stage) -> None:
+    """Says what a run that trains the head alone leaves out, if the time of the features tells how long it would take."""
+    num_training = len(job.prepared.split.training)
+    epochs = recipes.finetune_epochs(num_training, job.settings.batch_size)
+    if stage.feature_seconds_per_image is None:
+        return
+    seconds = recipes.finetune_seconds(stage.feature_seconds_per_image, num_images=epochs * num_training)
+    logging.info(
+        "Fine-tuning the whole network after the head (--recipe=finetune: %d epochs) would take about %s on this machine. "
+        "docs/recipe.md says what it brought on several kinds of images.",
+        epochs,
+        formatting.duration(seconds),
+    )
+
+
+def _choose_flips(job: Job, inputs: StageInputs, trainer: Trainer) -> bool:
+    """Resolves --flip. Without a head stage there is nothing to decide it from."""
+    settings = job.settings
+    if settings.flip != "auto" or settings.augment == "none" or not trainer.best.epoch:
+        return settings.flip != "off"
+    return stages.flips_keep_labels(inputs, trainer.best.probabilities)
 
 
 def _stage_inputs(job: Job, network: Network) -> StageInputs:
@@ -410,13 +447,15 @@ def _stage_inputs(job: Job, network: Network) -> StageInputs:
     )
 
 
-def _make_stage(job: Job, inputs: StageInputs, name: str) -> Stage:
+def _make_stage(job: Job, inputs: StageInputs, name: str, *, flips: bool = True) -> Stage:
     settings = job.settings
+    is_finetuned = name == WHOLE_NETWORK and settings.weights != "none"
+    chosen_optimizer = "lamb" if is_finetuned else "adam"  # by `auto`
     recipe = Recipe(
-        optimizer=settings.optimizer,
+        optimizer=chosen_optimizer if settings.optimizer == "auto" else settings.optimizer,
         learning_rate=settings.head_learning_rate if name == HEAD else settings.learning_rate,
         lr_schedule=settings.lr_schedule,
-        warmup_epochs=settings.warmup_epochs,
+        warmup_epochs=0.0 if name == HEAD and settings.warmup_epochs == -1 else settings.warmup_epochs,
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
         label_smoothing=settings.label_smoothing,
@@ -428,7 +467,12 @@ def _make_stage(job: Job, inputs: StageInputs, name: str) -> Stage:
     profile = ProfileRange(settings.tensorboard_dir, *steps) if steps else None
     if name == WHOLE_NETWORK:
         return stages.whole_network_stage(
-            inputs, epochs=settings.epochs, recipe=recipe, augment=settings.augment, profile=profile
+            inputs,
+            epochs=settings.epochs,
+            recipe=recipe,
+            augment=settings.augment,
+            flips=flips,
+            profile=profile,
         )
     fingerprint = resnet.weights_fingerprint(settings.weights)
     return stages.head_stage(

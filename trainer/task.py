@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 
 from absl import flags, logging
 
-from trainer import cli, config
+from trainer import cli, config, recipes
 from trainer.artifacts import job_dir
 from trainer.artifacts.job_dir import JobDir
 from trainer.config import Config
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             f"{arguments[0]!r} is not a flag: write --name=value, or --data_dir={arguments[0]} if it is the folder."
         )
-    values = cli.flag_values(config.DEFAULTS)
+    values = recipes.with_recipe(cli.flag_values(config.DEFAULTS), cli.given_flags(config.DEFAULTS))
     return run(with_environment(Config(**values), os.environ))
 
 
@@ -97,7 +97,7 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
         origin = splits.describe(folder, validation_split=settings.validation_split, split_file=settings.split_file)
         profile_range = _checked_profile_range(settings, split)
         fingerprint = splits.fingerprint(split, folder.class_names)
-        _check_same_run(settings, fingerprint)
+        settings = _with_earlier_flags(settings, fingerprint)
         if is_writing:
             preflight.check_local_directory(settings.job_dir, flag="job_dir")
         logging.info("Training and validation: %s.", origin)
@@ -108,8 +108,11 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
 
         from trainer import job  # imports TensorFlow
 
+        num_gpus = job.devices.count_gpus() * this_worker.workers
+        decision = recipes.decide(settings, num_training=len(split.training), num_gpus=num_gpus)
         prepared = job.PreparedJob(
-            settings=settings,
+            settings=dataclasses.replace(settings, epochs=decision.epochs),
+            epochs_reason=decision.reason,
             cluster=this_worker,
             folder=folder,
             split=split,
@@ -187,23 +190,29 @@ def _checked_profile_range(settings: Config, split: Split) -> tuple[int, int] | 
     return profile_range
 
 
-def _check_same_run(settings: Config, fingerprint: str) -> None:
-    """Raises UserError if job_dir holds a run of other flags or images, or any run and --noresume.
+def _with_earlier_flags(settings: Config, fingerprint: str) -> Config:
+    """The flags with which a run in job_dir resumes; the given ones if there is none.
 
-    A run that ended before it saved anything, for example because its weights could not be downloaded, does not count.
+    Flags that are not set keep the values that the run began with: the epochs that --recipe decided, perhaps on another
+    machine, and the defaults of an earlier version. Raises UserError if job_dir holds a run of other flags or images, or
+    any run and --noresume. A run that ended before it saved anything, for example because its weights could not be
+    downloaded, does not count.
     """
     paths = JobDir(settings.job_dir)
     before = paths.read_config()
     if before is None:
-        return
+        return settings
     if not paths.has_progress():
         logging.info(
             "The run in %s ended before its first checkpoint: it restarts from scratch with the current flags.",
             settings.job_dir,
         )
-        return
+        return settings
     if not settings.resume:
         raise UserError(f"{settings.job_dir} holds a run and --noresume is set: pass another --job_dir.")
+    settings = config.with_earlier_defaults(settings, before)
+    if settings.epochs == -1 and before["flags"].get("recipe") == settings.recipe:
+        settings = dataclasses.replace(settings, epochs=before["flags"]["epochs"])
     differences = config.changes(before["flags"], settings.as_dict())
     if differences:
         raise UserError(
@@ -215,6 +224,7 @@ def _check_same_run(settings: Config, fingerprint: str) -> None:
             f"The images in {settings.data_dir} are not those of the run in {settings.job_dir} (its split.csv lists them): "
             "restore them, or pass another --job_dir."
         )
+    return settings
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from absl import flags, logging
 
-from trainer import cli, config
+from trainer import cli, config, recipes
 from trainer.artifacts.job_dir import JobDir
 from trainer.config import Config
 from trainer.errors import UserError
@@ -45,13 +45,14 @@ class FloatRange(NamedTuple):
 # Flag -> its range, or the values to choose from. The studies in deploy/ have the same search space.
 SPACE: dict[str, FloatRange | tuple[int, ...]] = {
     "head_learning_rate": FloatRange(1e-4, 1e-2, is_logarithmic=True),
-    "learning_rate": FloatRange(1e-6, 1e-4, is_logarithmic=True),
+    "learning_rate": FloatRange(1e-4, 1e-2, is_logarithmic=True),
     "dropout": FloatRange(0.0, 0.5, is_logarithmic=False),
     "label_smoothing": FloatRange(0.0, 0.2, is_logarithmic=False),
     "batch_size": (16, 32, 64),
 }
 STARTUP_TRIALS = 5  # drawn at random and never pruned; later trials are compared with them
 EPOCHS_BEFORE_PRUNING = 2  # of each trial, because the first epochs predict little
+HEAD_EPOCHS = 15  # of each trial that trains the head alone: a fitted head (--head_epochs=-1) has nothing to tune
 MAX_FAILURES = 3  # in a row
 POLL_SECONDS = 0.5
 TRIAL_COMMAND = (sys.executable, "-m", "trainer.task")
@@ -114,6 +115,7 @@ class Outcome:
 
     state: Any
     val_accuracy: float | None = None
+    val_loss: float = 0.0
     error: str = ""  # the last line of a failed trial
 
 
@@ -132,23 +134,39 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --name=value.")
     cli.require("data_dir", "job_dir")
-    settings = Config(**cli.flag_values(config.DEFAULTS))  # raises UserError before the first trial
+    settings, given = _settings(cli.flag_values(config.DEFAULTS), cli.given_flags(config.DEFAULTS))
     study_dir = StudyDir(settings.job_dir.rstrip("/"))
     if files.is_remote(study_dir.root):
         raise UserError(
             f"--job_dir={study_dir.root}: a study on this machine needs a local folder. See deploy/ for clusters."
         )
-    given = {name: value for name, value in settings.as_dict().items() if flags.FLAGS[name].present}
     names = _names_to_tune(flags.FLAGS.tune, settings, given)
-    fixed = {name: value for name, value in given.items() if name not in PATH_FLAGS and name not in names}
+    values = settings.as_dict()
+    fixed = {name: values[name] for name in values if name in given and name not in PATH_FLAGS and name not in names}
     files.make_directory(study_dir.trials)
     with lock.hold(study_dir.root):
         return Tuner(study_dir, settings.data_dir, names, fixed).run(flags.FLAGS.trials)
 
 
-def _names_to_tune(requested: list[str], settings: Config, given: dict[str, Any]) -> list[str]:
-    epochs = {"head_learning_rate": settings.head_epochs, "learning_rate": settings.epochs}
-    without_effect = {name for name, count in epochs.items() if not count}
+def _settings(values: dict[str, Any], given: list[str]) -> tuple[Config, list[str]]:
+    """The flags of all trials, and the names of those that are set. Raises UserError before the first trial.
+
+    Trials that do not fine-tune train the head for HEAD_EPOCHS.
+    """
+    values = recipes.with_recipe(values, given)
+    if values["head_epochs"] == -1 and not _is_finetuned(values["epochs"], values["recipe"]):
+        values, given = {**values, "head_epochs": HEAD_EPOCHS}, [*given, "head_epochs"]
+    return Config(**values), given
+
+
+def _is_finetuned(epochs: int, recipe: str) -> bool:
+    return epochs > 0 or (epochs == -1 and recipe == "finetune")
+
+
+def _names_to_tune(requested: list[str], settings: Config, given: list[str]) -> list[str]:
+    is_finetuned = _is_finetuned(settings.epochs, settings.recipe)
+    has_effect = {"head_learning_rate": settings.head_epochs > 0, "learning_rate": is_finetuned}
+    without_effect = {name for name, value in has_effect.items() if not value}
     for name in requested:
         if name not in SPACE:
             raise UserError(f"--tune={name}: pass one or more of {', '.join(SPACE)}.")
@@ -270,12 +288,18 @@ class Tuner:
                     self._job.send_signal(signal.SIGTERM)
         metrics = JobDir(self._job_dir(trial)).read_metrics()
         if metrics:
-            return Outcome(self._states.COMPLETE, metrics["val_accuracy"])
+            return Outcome(self._states.COMPLETE, metrics["val_accuracy"], metrics["val_loss"])
         if is_pruned and self._job.returncode == cli.EXIT_STOPPED:
             return Outcome(self._states.PRUNED)
         return Outcome(self._states.FAIL, error=_last_line(self._log_path(trial)))
 
+    def _best_trial(self) -> Any:
+        """The complete trial with the highest validation accuracy; of equal ones, that with the lowest loss."""
+        complete = self._study.get_trials(deepcopy=False, states=[self._states.COMPLETE])
+        return max(complete, key=lambda trial: (trial.value, -trial.user_attrs.get("val_loss", float("inf"))))
+
     def _record(self, trial: Any, outcome: Outcome) -> None:
+        trial.set_user_attr("val_loss", outcome.val_loss)
         self._study.tell(trial, outcome.val_accuracy, state=outcome.state)
         values = ", ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
         is_complete = outcome.val_accuracy is not None
@@ -296,13 +320,13 @@ class Tuner:
             writer.writerow([trial.number, trial.state.name, f"{accuracy:.6g}", epochs, *values, self._job_dir(trial)])
         files.atomic_write(self._study_dir.results, text.getvalue())
         if any(trial.state == self._states.COMPLETE for trial in trials):
-            best = {**self._fixed, **self._study.best_trial.params}
+            best = {**self._fixed, **self._best_trial().params}
             files.atomic_write(self._study_dir.best_flags, "".join(f"{word}\n" for word in _as_arguments(best)))
             scales = {name: _axis_scale(name) for name in names}
             tuning_plot.write(self._study_dir.plot, trials, names, scales)
 
     def _print_best(self) -> None:
-        best = self._study.best_trial
+        best = self._best_trial()
         command = ["python", "-m", "trainer.task", f"--flagfile={self._study_dir.best_flags}"]
         command += [f"--data_dir={self._data_dir}", "--job_dir=job"]
         lines = [

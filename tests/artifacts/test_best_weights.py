@@ -1,5 +1,6 @@
 """best.weights.h5 holds the weights and the validation result of one epoch."""
 
+import dataclasses
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ BEST = BestEpoch(
     epoch=3,
     val_accuracy=0.75,
     val_loss=0.5,
+    balanced_accuracy=0.7,
     probabilities=np.array([[0.25, 0.75], [0.5, 0.5]], np.float32),
     is_readable=np.array([True, False]),
 )
@@ -30,12 +32,31 @@ def test_weights_and_result_are_read_as_written(tmp_path):
     model, other = make_model(seed=0), make_model(seed=1)
     best_weights.write(path, model, BEST)
     result = best_weights.read(path)
-    assert (result.epoch, result.val_accuracy, result.val_loss) == (3, 0.75, 0.5)
+    assert (result.epoch, result.val_accuracy, result.val_loss, result.balanced_accuracy) == (3, 0.75, 0.5, 0.7)
     np.testing.assert_array_equal(result.probabilities, BEST.probabilities)
     np.testing.assert_array_equal(result.is_readable, BEST.is_readable)
     other.load_weights(path)
     for weight, expected in zip(other.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "best"),
+    [
+        ("val_accuracy", 3),  # as accurate as 0 and 1, with the lowest loss of the three
+        ("first_val_accuracy", 0),
+        ("val_loss", 2),
+        ("balanced_accuracy", 4),
+    ],
+)
+def test_equal_epochs_are_decided_by_the_loss_but_for_the_article_rule(monitor, best):
+    epochs = [(0.9, 0.6, 0.5), (0.9, 0.5, 0.5), (0.8, 0.2, 0.6), (0.9, 0.4, 0.5), (0.7, 0.9, 0.7)]
+    reached, kept = NO_EPOCH, -1
+    for number, (accuracy, loss, balanced) in enumerate(epochs):
+        epoch = dataclasses.replace(BEST, val_accuracy=accuracy, val_loss=loss, balanced_accuracy=balanced)
+        if epoch.rank(monitor) > reached.rank(monitor):
+            reached, kept = epoch, number
+    assert kept == best
 
 
 def test_a_missing_file_is_no_epoch(tmp_path):

@@ -17,7 +17,7 @@ from tests.support.processes import run_command
 from tests.support.trainer_flags import flags_of
 from trainer import tune
 from trainer.artifacts.job_dir import JobDir
-from trainer.config import DEFAULTS, Config
+from trainer.config import DEFAULTS
 
 NUM_TRIALS = 3
 FLAGS = ["--weights=none", "--image_size=32", "--head_epochs=0", "--epochs=40", "--batch_size=16", "--precision=float32",
@@ -128,14 +128,15 @@ def test_study_files_have_the_documented_names():
 def names_to_tune(*arguments: str) -> list[str]:
     values = flags_of(tune.define_flags)
     values(["trainer.tune", *arguments])
-    settings = Config(**{name: values[name].value for name in DEFAULTS if name in values})
-    given = {name: values[name].value for name in DEFAULTS if name in values and values[name].present}
+    given = [name for name in DEFAULTS if name in values and values[name].present]
+    settings, given = tune._settings({name: values[name].value for name in DEFAULTS if name in values}, given)
     return tune._names_to_tune(values.tune, settings, given)
 
 
 def test_flags_that_have_an_effect_and_are_not_set_are_tuned():
     assert names_to_tune() == ["head_learning_rate", "dropout", "label_smoothing", "batch_size"]
-    assert names_to_tune("--epochs=3") == list(tune.SPACE)
+    assert names_to_tune("--epochs=3") == ["learning_rate", "dropout", "label_smoothing", "batch_size"]
+    assert names_to_tune("--recipe=finetune", "--head_epochs=15") == list(tune.SPACE)
     assert names_to_tune("--dropout=0.1", "--batch_size=8") == ["head_learning_rate", "label_smoothing"]
     assert names_to_tune("--dropout=0.1", "--tune=dropout") == ["dropout"]
 
@@ -144,7 +145,7 @@ def test_flags_that_have_an_effect_and_are_not_set_are_tuned():
     ("flag", "message"),
     [
         ("--tune=optimizer", "--tune=optimizer: pass one or more of head_learning_rate"),
-        ("--tune=learning_rate", "--tune=learning_rate has no effect with --head_epochs=15 --epochs=0"),
+        ("--tune=learning_rate", "--tune=learning_rate has no effect with --head_epochs=15 --epochs=-1"),
         ("--job_dir=gs://bucket/study", "needs a local folder"),
         ("--trials=0", "--trials=0"),
         ("--dropout=2", "--dropout is 2.0: pass a number of at least 0 and of at most 0.95"),

@@ -9,7 +9,14 @@ import tensorflow as tf
 from PIL import Image
 
 from tests.support import corpus
-from trainer.data.preprocessing import NUM_AUGMENTATION_DRAWS, augment, decode_image, preprocess
+from trainer.data.preprocessing import (
+    NUM_AUGMENTATION_DRAWS,
+    Augmentation,
+    augment,
+    augmentation_draws,
+    decode_image,
+    preprocess,
+)
 
 
 def encoded(pixels: np.ndarray, kind: str, **options) -> bytes:
@@ -55,12 +62,15 @@ def test_rescaling_is_that_of_the_article(pixels):
     np.testing.assert_allclose(preprocess(tf.constant(pixels[None]), "rescale"), pixels[None] / 255, atol=1e-6)
 
 
-def test_augmentation_depends_on_the_draws_of_each_image_alone(pixels):
+@pytest.mark.parametrize("strength", ["basic", "strong"])
+def test_augmentation_depends_on_the_draws_of_each_image_alone(pixels, strength):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
     draws = rng.random((5, NUM_AUGMENTATION_DRAWS)).astype(np.float32)
-    together = augment(tf.constant(images), tf.constant(draws)).numpy()
-    alone = np.concatenate([augment(tf.constant(images[i : i + 1]), tf.constant(draws[i : i + 1])) for i in range(5)])
+    together = augment(tf.constant(images), tf.constant(draws), strength=strength).numpy()
+    alone = np.concatenate(
+        [augment(tf.constant(images[i : i + 1]), tf.constant(draws[i : i + 1]), strength=strength) for i in range(5)]
+    )
     np.testing.assert_allclose(together, alone, atol=1e-4)
     assert together.min() >= 0
     assert together.max() <= 255
@@ -74,9 +84,42 @@ def test_neutral_draws_do_not_change_the_image(pixels):
     np.testing.assert_allclose(augment(tf.constant(images), tf.constant(draws)), images, atol=1e-2)
 
 
+def test_without_flips_left_stays_left():
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    images[:, :, :8] = 200
+    draws = np.array([[1, 0.5, 0, 0, 0.1, 0.5, 0.5, 0.5, 0.5, 0, 0, 0]], np.float32)  # the whole image, flipped
+    for flips, bright in ((True, slice(24, 32)), (False, slice(0, 8))):
+        result = augment(tf.constant(images), tf.constant(draws), flips=flips).numpy()
+        np.testing.assert_allclose(result[:, :, bright], 200, atol=1)
+
+
+def test_strong_augmentation_rotates_around_the_center_and_erases_a_square():
+    images = np.zeros((1, 33, 33, 3), np.uint8)
+    images[:, 16, :] = 240  # a horizontal line through the center
+    neutral = np.array([[1, 0.5, 0, 0, 0.9, 0.5, 0.5, 0.5, 0.5, 0, 0, 0]], np.float32)
+    same = augment(tf.constant(images), tf.constant(neutral), strength="strong").numpy()
+    np.testing.assert_allclose(same, images, atol=1)
+    turned = neutral.copy()
+    turned[:, 8] = 1.0  # by 15 degrees: 8 pixels from the center, the line is 8 * tan(15 degrees) = 2.1 pixels away
+    rows = augment(tf.constant(images), tf.constant(turned), strength="strong").numpy()[0, :, :, 0]
+    assert abs(int(rows[:, 16].argmax()) - 16) == 0
+    assert abs(int(rows[:, 8].argmax()) - 16) == abs(int(rows[:, 24].argmax()) - 16) == 2
+    erased = neutral.copy()
+    erased[:, 9:] = [0.999, 0.0, 0.0]  # the upper left quarter, which then has the mean color
+    result = augment(tf.constant(images), tf.constant(erased), strength="strong").numpy()
+    np.testing.assert_allclose(result[0, :16, :16], images.mean(), atol=1.5)
+    np.testing.assert_allclose(result[0, 18:, 18:], 0, atol=1)
+
+
+def test_the_draws_of_basic_augmentation_do_not_depend_on_those_of_strong(pixels):
+    draws = augmentation_draws(Augmentation(seed=3, epoch=2, strength="basic", flips=True), 6)
+    expected = np.random.default_rng([3, 2, 1]).random((6, 8), np.float32)
+    np.testing.assert_array_equal(draws[:, :8], expected)
+
+
 def test_median_draws_keep_the_colors_and_extreme_ones_change_them():
     images = tf.constant(np.asarray(corpus.sample_image(48, 48))[None])
-    whole = np.array([[1, 0.5, 0, 0, 0.9, 0.5, 0.5, 0.5]], np.float32)  # the whole image, not flipped
+    whole = np.array([[1, 0.5, 0, 0, 0.9, 0.5, 0.5, 0.5, 0, 0, 0, 0]], np.float32)  # the whole image, not flipped
     np.testing.assert_allclose(augment(images, tf.constant(whole)), tf.cast(images, tf.float32), atol=0.01)
     for draw, measure in ((5, np.mean), (6, lambda x: (x.max(-1) - x.min(-1)).mean()), (7, np.std)):
         low, high = whole.copy(), whole.copy()

@@ -227,7 +227,7 @@ def test_a_dry_run_submits_nothing_and_prints_the_job(submit, settings):
 def test_each_user_error_is_one_line_with_exit_code_2(tmp_path):
     text = (VERTEX / "one-gpu.yaml").read_text()
     wrong_flag = tmp_path / "wrong.yaml"
-    wrong_flag.write_text(text.replace("--epochs=5", "--epoch=5"))
+    wrong_flag.write_text(text.replace("--recipe=finetune", "--recipes=finetune"))
     empty = tmp_path / "empty.env"
     empty.write_text("REGION=us-central1\n")
     with vertex_emulator.run(reject_with=403) as (url, _):

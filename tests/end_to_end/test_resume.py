@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from tests.support import resumable_job
 from tests.support.images import write_images
 from tests.support.resumable_job import (
     assert_same,
@@ -131,6 +132,20 @@ def test_a_finished_run_continues_with_more_epochs(images, tmp_path):
     check_times(times, history)
     run(images, tmp_path / "at once", *flags, "--epochs=4")
     assert_same(read_result(tmp_path / "at once"), read_result(job_dir))
+
+
+def test_a_fitted_head_killed_at_each_of_its_steps_changes_nothing(images, tmp_path):
+    flags, job_dir = [*resumable_job.FITTED_HEAD, "--epochs=3"], tmp_path / "job"
+    steps = ["Features of", "Head: logistic regression", "flipped left to right"]
+    for step in steps:
+        process = start(images, job_dir, *flags)
+        wait_for(process, step)
+        process.kill()
+        process.wait()
+    run(images, job_dir, *flags)
+    run(images, tmp_path / "undisturbed", *flags)
+    assert_same(read_result(tmp_path / "undisturbed"), read_result(job_dir))
+    assert [row["stage"] for row in read_rows(JobDir(str(job_dir)).history)] == ["head", "all", "all", "all"]
 
 
 def check_times(times: list[dict[str, str]], history: list[dict[str, str]]) -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -25,15 +26,17 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "pictures", {"a": 40, "b": 30, "c": 25}, noise=90)
 
 
-def start_workers(images: pathlib.Path, job_dir: pathlib.Path, *second_worker_flags: str) -> list[subprocess.Popen]:
-    """Starts two workers, the chief first."""
+def start_workers(
+    images: pathlib.Path, job_dir: pathlib.Path, *second_worker_flags: str, flags: Sequence[str] = ()
+) -> list[subprocess.Popen]:
+    """Starts two workers, the chief first; both get `flags`."""
     addresses = [f"localhost:{port}" for port in free_ports(2)]
     workers = []
     for index in range(2):
         config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
         environment = {**os.environ, "TF_CONFIG": json.dumps(config)}
-        flags = second_worker_flags if index else ()
-        workers.append(resumable_job.start(images, job_dir, *flags, env=environment))
+        own_flags = second_worker_flags if index else ()
+        workers.append(resumable_job.start(images, job_dir, *flags, *own_flags, env=environment))
     return workers
 
 
@@ -71,6 +74,21 @@ def test_metrics_of_the_head_equal_those_of_one_process(finished, images):
     names = ["loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"]
     one, two = ([[float(row[name]) for name in names] for row in result["history"][:8]] for result in results)
     np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+def test_a_fitted_head_is_that_of_one_process_on_both_workers(images, tmp_path):
+    flags = [*resumable_job.FITTED_HEAD, "--epochs=2"]
+    outputs = finish_workers(start_workers(images, tmp_path / "two", flags=flags))
+    epochs = [re.findall(r"epoch \d+ \(\w+\): loss .* val_accuracy [\d.]+", output) for output in outputs]
+    assert len(epochs[0]) == 3
+    assert epochs[0] == epochs[1]
+    assert ["Head: logistic regression" in output for output in outputs] == [True, False]  # the chief fits it for both
+    resumable_job.run(images, tmp_path / "one", *flags)
+    one, two = (read_rows(JobDir(str(tmp_path / name)).history) for name in ("one", "two"))
+    for name in ("loss", "val_loss"):
+        np.testing.assert_allclose(
+            *([float(row[name]) for row in rows] for rows in (one, two)), rtol=1e-4, err_msg=name
+        )
 
 
 def test_a_signal_to_one_worker_stops_both_and_they_resume(finished, images, tmp_path):

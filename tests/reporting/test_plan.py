@@ -13,6 +13,7 @@ RESOLVED = {
     "workers": 1,
     "devices": ["GPU:0", "GPU:1"],
     "xla": False,
+    "epochs_reason": "no GPU",
     "precision": "mixed_float16",
     "precision_reason": "GPU with float16 units",
 }
@@ -33,16 +34,18 @@ def describe(num_classes=2, **settings):
 
 
 def test_the_plan_has_images_steps_parameters_devices_and_flags():
-    text = describe(batch_size=6, epochs=2, learning_rate=0.001)
+    text = describe(batch_size=6, epochs=2, learning_rate=0.002)
     for part in (
         "16 to train on, 4 to validate, 1 bad files left out",
         "'class 0': 8 + 2",
+        "auto: no GPU",
+        "logistic regression (on a very large folder 15 epochs) over 2048 features per image",
         "2 epochs of 3 steps over images of 224 pixels",
         "6 images over 2 replicas of 1 workers",
         "23,591,810 parameters",  # 23,587,712 of ResNet50 and 2 x 2,049 of the head
         "GPU:0, GPU:1; XLA off",
         "mixed_float16: GPU with float16 units",
-        "--learning_rate=0.001",
+        "--learning_rate=0.002",
     ):
         assert part in text
     assert "--weights" not in text

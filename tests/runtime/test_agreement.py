@@ -11,12 +11,18 @@ from tests.support.processes import free_ports
 from trainer.runtime import agreement, cluster, devices
 
 WORKER = """
-import json, os, sys
+import os, sys
+import numpy as np
 from trainer.runtime import agreement, cluster, devices
 machine = devices.start(cluster.resolve(os.environ), require_gpu=False)
 print(agreement.find_mismatched_replica(sys.argv[1], machine))
 print(agreement.find_mismatched_replica("the same", machine))
+values = np.array([[0.1, 2.5]], np.float32) if machine.first_replica == 0 else None
+print(agreement.from_chief(values, (1, 2), machine).tolist())
 """
+
+
+EXPECTED = "1\nNone\n[[0.10000000149011612, 2.5]]\n"
 
 
 def test_a_single_replica_agrees_with_itself():
@@ -34,7 +40,7 @@ def test_two_workers_find_the_one_that_differs():
             environment = os.environ | {"TF_CONFIG": cluster.tf_config(view)}
             command = [sys.executable, "-c", WORKER, description]
             workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
-        assert [worker.communicate(timeout=120)[0] for worker in workers] == ["1\nNone\n", "1\nNone\n"]
+        assert [worker.communicate(timeout=120)[0] for worker in workers] == [EXPECTED, EXPECTED]
     finally:
         for worker in workers:
             worker.kill()

@@ -5,7 +5,7 @@ python tiny_job.py --data_dir=D --job_dir=J [any flag of trainer.task]
 
 import os
 
-from trainer import cli, config, task
+from trainer import cli, config, recipes, task
 from trainer.config import Config
 
 
@@ -28,7 +28,7 @@ def build(*, num_classes, image_size, weights, head, precision, seed, batch_norm
 
 def main(arguments: list[str]) -> int:
     """Like trainer.task.main, with the small network."""
-    values = cli.flag_values(config.DEFAULTS)
+    values = recipes.with_recipe(cli.flag_values(config.DEFAULTS), cli.given_flags(config.DEFAULTS))
     return task.run(task.with_environment(Config(**values), os.environ), build_network=build)
 
 

@@ -5,7 +5,7 @@ import functools
 import pytest
 from absl import flags
 
-from trainer import task
+from trainer import recipes, task
 from trainer.config import DEFAULTS, Config
 
 
@@ -13,7 +13,7 @@ def flags_of(define_flags) -> flags.FlagValues:
     """The flags that a command defines."""
     values = flags.FlagValues()
     with pytest.MonkeyPatch.context() as patch:
-        for kind in ("string", "integer", "float", "boolean", "enum", "list"):
+        for kind in ("string", "integer", "float", "boolean", "enum", "list", "flag"):
             define = getattr(flags, f"DEFINE_{kind}")
             patch.setattr(flags, f"DEFINE_{kind}", functools.partial(define, flag_values=values))
         define_flags()
@@ -27,4 +27,5 @@ def parse(arguments: list[str]) -> Config:
     unexpanded = [argument for argument in arguments if "$" in argument]
     if rest or unexpanded:
         raise ValueError(f"{rest + unexpanded} are no flags with a value")
-    return Config(**{name: values[name].value for name in DEFAULTS if name in values})
+    given = [name for name in DEFAULTS if name in values and values[name].present]
+    return Config(**recipes.with_recipe({name: values[name].value for name in DEFAULTS if name in values}, given))

@@ -44,6 +44,7 @@ def make_trainer(tmp_path, *, patience: int) -> Trainer:
         is_chief=False,
         validation_labels=np.zeros(0, int),
         options=TrainerOptions(
+            monitor="val_accuracy",
             label_smoothing=0,
             early_stopping_patience=patience,
             checkpoint_secs=300,
@@ -55,21 +56,19 @@ def make_trainer(tmp_path, *, patience: int) -> Trainer:
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "head_accuracies", "patience", "stops"),
+    ("accuracies", "patience", "stops"),
     [
-        ([0.5], [], 2, False),
-        ([0.5, 0.4], [], 2, False),
-        ([0.5, 0.4, 0.5], [], 2, True),
-        ([0.5, 0.4, 0.6], [], 2, False),
-        ([0.5, 0.6], [0.9, 0.9, 0.9], 2, False),  # the accuracy of the head does not count
-        ([0.5, 0.4, 0.3, 0.2], [], 0, False),
+        ([0.5], 2, False),
+        ([0.5, 0.4], 2, False),
+        ([0.5, 0.4, 0.5], 2, True),
+        ([0.5, 0.4, 0.6], 2, False),
+        ([0.5, 0.4, 0.3, 0.2], 0, False),
     ],
 )
-def test_the_patience_counts_epochs_of_the_stage(tmp_path, accuracies, head_accuracies, patience, stops):
+def test_the_patience_counts_epochs_that_are_not_better(tmp_path, accuracies, patience, stops):
     trainer = make_trainer(tmp_path, patience=patience)
     trainer.state.stage, trainer.state.stage_epochs = WHOLE_NETWORK, len(accuracies)
-    trainer.state.history = [{"stage": HEAD, "val_accuracy": value} for value in head_accuracies]
-    trainer.state.history += [{"stage": WHOLE_NETWORK, "val_accuracy": value} for value in accuracies]
+    trainer.state.ranks = [[value, -1.0] for value in accuracies]
 
     def no_batches(*arguments):
         raise KeyError("an epoch was started")
@@ -87,3 +86,15 @@ def test_the_patience_counts_epochs_of_the_stage(tmp_path, accuracies, head_accu
     else:
         with pytest.raises(KeyError, match="an epoch was started"):
             list(trainer.epochs(stage))
+
+
+def test_epochs_of_the_head_do_not_count_for_the_patience_of_the_next_stage(tmp_path):
+    trainer = make_trainer(tmp_path, patience=2)
+    trainer.state.stage, trainer.state.stage_epochs, trainer.state.ranks = HEAD, 3, [[0.9, -0.1]] * 3
+
+    def make_loop(learning_rate_factor):
+        raise KeyError("the stage was started")
+
+    with pytest.raises(KeyError, match="the stage was started"):
+        list(trainer.epochs(Stage(WHOLE_NETWORK, 5, make_loop, None, None, np.zeros(0, object))))
+    assert trainer.state.ranks == []

@@ -25,11 +25,35 @@ class BestEpoch:
     epoch: int
     val_accuracy: float
     val_loss: float
+    balanced_accuracy: float
     probabilities: np.ndarray
     is_readable: np.ndarray
 
+    def rank(self, monitor: str) -> tuple[float, ...]:
+        """By which epochs are compared: the larger is the better. `monitor` is the value of --monitor."""
+        return rank(
+            monitor,
+            val_accuracy=self.val_accuracy,
+            val_loss=self.val_loss,
+            balanced_accuracy=self.balanced_accuracy,
+        )
 
-NO_EPOCH = BestEpoch(0, -1.0, float("inf"), np.zeros((0, 0), np.float32), np.zeros(0, bool))
+
+NO_EPOCH = BestEpoch(0, -1.0, float("inf"), -1.0, np.zeros((0, 0), np.float32), np.zeros(0, bool))
+
+
+def rank(monitor: str, *, val_accuracy: float, val_loss: float, balanced_accuracy: float) -> tuple[float, ...]:
+    """By which epochs are compared: the larger is the better.
+
+    Few validation images make equal accuracies common, and an epoch that has hardly trained may reach the highest one by
+    chance. The lower loss decides between them, except for `first_val_accuracy`, where equal epochs stay equal and the
+    first one is kept, as Keras' ModelCheckpoint does.
+    """
+    if monitor == "val_loss":
+        return (-val_loss,)
+    if monitor == "first_val_accuracy":
+        return (val_accuracy,)
+    return (balanced_accuracy if monitor == "balanced_accuracy" else val_accuracy, -val_loss)
 
 
 def write(path: str, model: keras.Model, best: BestEpoch) -> None:
@@ -40,7 +64,12 @@ def write(path: str, model: keras.Model, best: BestEpoch) -> None:
         model.save_weights(temporary)
         with h5py.File(temporary, "a") as file:
             group = file.create_group("validation")
-            group.attrs.update(epoch=best.epoch, val_accuracy=best.val_accuracy, val_loss=best.val_loss)
+            group.attrs.update(
+                epoch=best.epoch,
+                val_accuracy=best.val_accuracy,
+                val_loss=best.val_loss,
+                balanced_accuracy=best.balanced_accuracy,
+            )
             group["probabilities"], group["is_readable"] = best.probabilities, best.is_readable
 
 
@@ -56,6 +85,8 @@ def read(path: str) -> BestEpoch:
             epoch=int(attributes["epoch"]),
             val_accuracy=float(attributes["val_accuracy"]),
             val_loss=float(attributes["val_loss"]),
+            # Weights of earlier versions have no balanced accuracy: any later epoch is then better.
+            balanced_accuracy=float(attributes.get("balanced_accuracy", -1.0)),
             probabilities=group["probabilities"][:],
             is_readable=group["is_readable"][:],
         )

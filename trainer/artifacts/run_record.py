@@ -19,6 +19,7 @@ from trainer.artifacts.metrics import (
     expected_calibration_error,
     wilson_interval,
 )
+from trainer.config import augment_name
 from trainer.errors import UserError
 from trainer.storage import files
 
@@ -73,11 +74,55 @@ class RunRecord:
         return not self.metrics and not self.is_evaluation
 
     @functools.cached_property
+    def head_epochs(self) -> int:
+        """Number of epochs of the head. A head that is fitted to its optimum has one."""
+        planned = self.flags["head_epochs"]
+        return planned if planned >= 0 else max(1, sum(row["stage"] == "head" for row in self.history))
+
+    @functools.cached_property
+    def planned_epochs(self) -> int:
+        """Number of epochs of a run that is neither stopped early nor at its cost limit."""
+        return self.head_epochs + self.flags["epochs"]
+
+    @functools.cached_property
+    def augment(self) -> str:
+        """The strength of the augmentation: none, basic or strong."""
+        return augment_name(self.flags["augment"])
+
+    @functools.cached_property
+    def flips(self) -> bool:
+        """Whether augmentation flips images; as far as it is known, before fine-tuning has started."""
+        return self.config["resolved"].get("flips", self.flags.get("flip") != "off")
+
+    @functools.cached_property
+    def training_stages(self) -> list[str]:
+        """What was trained, one phrase for each stage."""
+        flags, stages = self.flags, []
+        if flags["head_epochs"] == -1 and self.head_epochs == 1:
+            stages.append("a head fitted by logistic regression")
+        elif self.head_epochs:
+            stages.append(
+                f"{_epochs(self.head_epochs)} of the head only at learning rate {flags['head_learning_rate']:g}"
+            )
+        if flags["epochs"]:
+            augmentation = "" if self.augment == "none" else f", with {self.augment} augmentation"
+            stages.append(
+                f"{_epochs(flags['epochs'])} of all layers at learning rate {flags['learning_rate']:g}{augmentation}"
+            )
+        return stages
+
+    @functools.cached_property
     def best_row(self) -> dict[str, Any]:
         """The row of history.csv of the best weights; {} before the first epoch."""
         recorded = [row for row in self.history if row["epoch"] == self.metrics.get("best_epoch")]
-        first_best = max(self.history, key=lambda row: row["val_accuracy"], default={})  # the first of equal rows
-        return recorded[0] if recorded else first_best
+        if recorded:
+            return recorded[0]
+        monitor = self.flags.get("monitor", "first_val_accuracy")
+        if monitor == "val_loss":
+            return min(self.history, key=lambda row: row["val_loss"], default={})
+        if monitor == "first_val_accuracy":
+            return max(self.history, key=lambda row: row["val_accuracy"], default={})
+        return max(self.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]), default={})
 
     @functools.cached_property
     def model_dir(self) -> str:
@@ -171,6 +216,10 @@ class RunRecord:
             for i, j in pairs
             if wrong[i, j]
         ]
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'' if count == 1 else 's'}"
 
 
 def read(job_dir: str) -> RunRecord:

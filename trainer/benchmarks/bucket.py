@@ -93,7 +93,7 @@ def _pipeline_rate(
     The first batch mostly waits while TensorFlow prepares the graph, once per epoch.
     """
     plan = sampler.ordered_epoch(num_images, batch_size=32, replicas=1)
-    transform = input_pipeline.BatchTransform(preprocessing="rescale", augmentation_seed=None, dtype="float32")
+    transform = input_pipeline.BatchTransform(preprocessing="rescale", augmentation=None, dtype="float32")
     labels = np.zeros(num_images, np.int32)
     images_read, images_in_first_batch, started = 0, 0, 0.0
     for batch in input_pipeline.batches(plan, source, labels, transform=transform, devices=devices):

@@ -77,9 +77,9 @@ class TimedProcess:
         return "".join(self._output[-20:])
 
 
-def _python_command(function: Callable[..., None], *arguments: object) -> list[str]:
-    """A command that calls a function of this module with the arguments as strings."""
-    code = f"import sys; from trainer.benchmarks import end_to_end; end_to_end.{function.__name__}(*sys.argv[1:])"
+def python_command(function: Callable[..., None], *arguments: object) -> list[str]:
+    """A command that calls a function of a module with the arguments as strings."""
+    code = f"import sys; from {function.__module__} import {function.__name__} as f; f(*sys.argv[1:])"
     return [sys.executable, "-c", code, *map(str, arguments)]
 
 
@@ -92,12 +92,12 @@ def link_images(data_dir: str, directory: str, limit: int) -> str:
         if counts.get(label, 0) < per_class and pathlib.Path(path).suffix.lower() in (".jpg", ".jpeg"):
             counts[label] = counts.get(label, 0) + 1
             link_path = os.path.join(directory, found.class_names[label], f"{counts[label]:06d}.jpg")
-            _link(os.path.join(data_dir, path), link_path)
+            link(os.path.join(data_dir, path), link_path)
     return directory
 
 
-def _link(target: str, path: str) -> None:
-    """Creates a link at `path`, and the folder for it, unless the path exists."""
+def link(target: str, path: str) -> None:
+    """Creates a symbolic link at `path`, and the folder for it, unless the path exists."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if not os.path.lexists(path):
         os.symlink(os.path.abspath(target), path)
@@ -118,7 +118,7 @@ def accuracy_suite(
     split_dir = os.path.join(directory, "split")
     for name, examples in (("train", split.training), ("val", split.validation)):
         for path in examples.paths:
-            _link(os.path.join(folder, path), os.path.join(split_dir, name, path))
+            link(os.path.join(folder, path), os.path.join(split_dir, name, path))
     budgets: list[float] = []  # seconds, one for each round
     rounds = itertools.count()
 
@@ -138,7 +138,7 @@ def accuracy_suite(
 
     def run_article_recipe() -> Metrics:
         budget = budgets[-1]
-        command = _python_command(train_article_recipe, split_dir, weights, image_size)
+        command = python_command(train_article_recipe, split_dir, weights, image_size)
         process = TimedProcess(command, limit_seconds=budget)
         metrics = _follow_epochs(process, r"val_accuracy=(\S+)")
         metrics["seconds"] = process.wait(0, -signal.SIGKILL)
@@ -253,8 +253,8 @@ def growth_suite(folder: str, directory: str, *, sizes: list[int], image_size: i
         grown_dir = os.path.join(directory, f"grown-{size}")
         if not os.path.isdir(grown_dir):
             for i, target in zip(range(size), itertools.cycle(images[:50] + images[-50:])):
-                _link(target, os.path.join(grown_dir, "ab"[i % 2], f"{i}.jpg"))
-        process = TimedProcess(_python_command(read_folder_once, grown_dir, image_size))
+                link(target, os.path.join(grown_dir, "ab"[i % 2], f"{i}.jpg"))
+        process = TimedProcess(python_command(read_folder_once, grown_dir, image_size))
         _, match = process.wait_for(r"^metrics (.*)")
         metrics = json.loads(match[1])
         metrics["seconds"] = process.wait(0)
@@ -295,7 +295,7 @@ def read_folder_once(folder: str, image_size: str) -> None:
     source = input_pipeline.FileSource(
         directory=folder, paths=training.paths, image_size=int(image_size), on_unreadable=lambda index: None
     )
-    transform = input_pipeline.BatchTransform(preprocessing="imagenet", augmentation_seed=None, dtype="float32")
+    transform = input_pipeline.BatchTransform(preprocessing="imagenet", augmentation=None, dtype="float32")
     batches = input_pipeline.batches(plan, source, training.labels, transform=transform, devices=one_device())
     next(iter(batches))
     metrics = {

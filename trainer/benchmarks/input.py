@@ -113,7 +113,7 @@ def _one_epoch(prepare: Callable[[], Pipeline], num_images: int) -> Callable[[],
 def _trainer_pipeline(directory: str, paths: np.ndarray, image_size: int) -> Pipeline:
     plan = sampler.ordered_epoch(len(paths), batch_size=BATCH_SIZE, replicas=1)
     labels = np.zeros(len(paths), np.int32)
-    transform = input_pipeline.BatchTransform(preprocessing="imagenet", augmentation_seed=None, dtype="float32")
+    transform = input_pipeline.BatchTransform(preprocessing="imagenet", augmentation=None, dtype="float32")
     source = input_pipeline.FileSource(
         directory=directory, paths=paths, image_size=image_size, on_unreadable=lambda index: None, is_jpeg=True
     )

@@ -166,7 +166,7 @@ def _draw_bars(axes: "Axes", suite: dict[str, Any]) -> None:
     bars = axes.barh(list(values), medians, xerr=[below, above], color=colors, ecolor="#3d3846", capsize=3)
     axes.bar_label(bars, [f" {median:.4g}" for median in medians], padding=6, fontsize=8)
     axes.set_title(f"{suite['suite']}: {suite['title']}", loc="left", fontsize=10, fontweight="bold")
-    better = "more" if metric == "images_per_second" else "less"
+    better = "more" if metric in ("images_per_second", "test_accuracy") else "less"
     axes.set_xlabel(f"{metric.replace('_', ' ')} ({better} is better)", fontsize=9)
     axes.tick_params(labelsize=9)
     axes.invert_yaxis()

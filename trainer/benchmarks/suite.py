@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from trainer.runtime.devices import Devices
 
+RECIPES = ("default", "finetune", "logistic_regression", "keras_guide", "article")  # of the suite accuracy
+
 Metrics = dict[str, float]  # by name; the name contains the unit
 
 

@@ -180,7 +180,7 @@ def _file_batches(
         is_jpeg=True,
     )
     transform = input_pipeline.BatchTransform(
-        preprocessing="imagenet", augmentation_seed=None, dtype=network.backbone.compute_dtype
+        preprocessing="imagenet", augmentation=None, dtype=network.backbone.compute_dtype
     )
     plan = sampler.ordered_epoch(len(repeated), batch_size=workload.batch_size, replicas=1)
     labels = np.zeros(len(repeated), np.int32)

@@ -16,7 +16,14 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from trainer.data.preprocessing import augment, augmentation_draws, decode_image, decode_jpeg_image, preprocess
+from trainer.data.preprocessing import (
+    Augmentation,
+    augment,
+    augmentation_draws,
+    decode_image,
+    decode_jpeg_image,
+    preprocess,
+)
 from trainer.data.sampler import EpochPlan
 from trainer.errors import UserError
 from trainer.runtime.devices import Devices
@@ -61,7 +68,7 @@ class BatchTransform(NamedTuple):
     """The transformation of a batch of decoded images into the input of the network."""
 
     preprocessing: str
-    augmentation_seed: tuple[int, int] | None  # (seed, epoch), or None for no augmentation
+    augmentation: Augmentation | None
     dtype: str
 
 
@@ -87,8 +94,8 @@ def batches(
     per_replica = plan.index.shape[2]
     columns["step"] = np.repeat(np.arange(first_step, plan.steps), devices.local_replicas * per_replica)
     columns["label"] = labels[columns["index"]].astype(np.int32)
-    if transform and transform.augmentation_seed:
-        draws = augmentation_draws(*transform.augmentation_seed, len(labels))
+    if transform and transform.augmentation:
+        draws = augmentation_draws(transform.augmentation, len(labels))
         columns["draws"] = draws[columns["index"]]
 
     def build(_: tf.distribute.InputContext | None = None) -> tf.data.Dataset:
@@ -114,8 +121,9 @@ def _batch_transform(source: ArraySource | FileSource, transform: BatchTransform
             batch["x"] = tf.gather(source.values, index)
             batch |= _masked_weights(batch, tf.gather(source.is_readable, index))
         if transform:
-            if transform.augmentation_seed:
-                batch["x"] = augment(batch["x"], batch.pop("draws"))
+            if transform.augmentation:
+                strength, flips = transform.augmentation.strength, transform.augmentation.flips
+                batch["x"] = augment(batch["x"], batch.pop("draws"), strength=strength, flips=flips)
             batch["x"] = _preprocessor(transform.preprocessing, transform.dtype)(batch["x"])
         return batch
 

@@ -27,8 +27,8 @@ def describe(settings: Config, folder: Folder, split: Split, resolved: dict[str,
         f"  images      {training} to train on, {validation} to validate, {len(folder.bad_files)} bad files left out",
         f"  split       {resolved['split']}",
         *_class_lines(folder, split),
-        f"  stage head  {settings.head_epochs} epochs of {steps} steps over {features} features per image, "
-        "computed once",
+        f"  recipe      {settings.recipe}: {resolved['epochs_reason']}",
+        f"  stage head  {_head_stage(settings.head_epochs, steps)} over {features} features per image, computed once",
         f"  stage all   {settings.epochs} epochs of {steps} steps over images of {settings.image_size} pixels",
         f"  batch       {settings.batch_size} images over {resolved['replicas']} replicas "
         f"of {resolved['workers']} workers",
@@ -43,6 +43,12 @@ def describe(settings: Config, folder: Folder, split: Split, resolved: dict[str,
         "  flags       " + shlex.join(f"--{name}={value}" for name, value in changed.items()),
     ]
     return "\n".join(lines)
+
+
+def _head_stage(head_epochs: int, steps: int) -> str:
+    if head_epochs == -1:
+        return "logistic regression (on a very large folder 15 epochs)"
+    return f"{head_epochs} epochs of {steps} steps"
 
 
 def _class_lines(folder: Folder, split: Split) -> list[str]:

@@ -112,15 +112,16 @@ def augmented(run: RunRecord) -> list[tuple[str, np.ndarray]]:
     The random draws are those of training: a function of the seed, the epoch and the index among the training images.
     """
     settings = run.flags
-    if not (settings.get("augment") and settings.get("epochs") and run.training_rows):
+    if run.is_evaluation or run.augment == "none" or not settings["epochs"] or not run.training_rows:
         return []
     import tensorflow as tf
 
-    from trainer.data.preprocessing import augment, augmentation_draws, decode_image
+    from trainer.data.preprocessing import Augmentation, augment, augmentation_draws, decode_image
 
     num_training = len(run.training_rows)
     indices = np.linspace(0, num_training - 1, min(_NUM_AUGMENTED, num_training)).astype(int)
-    draws = augmentation_draws(settings["seed"], 0, num_training)
+    augmentation = Augmentation(settings["seed"], 0, run.augment, run.flips)
+    draws = augmentation_draws(augmentation, num_training)
     result = []
     for i in indices:
         row = run.training_rows[i]
@@ -129,6 +130,7 @@ def augmented(run: RunRecord) -> list[tuple[str, np.ndarray]]:
             image = decode_image(tf.constant(contents or b""), settings["image_size"])
         except tf.errors.InvalidArgumentError:  # deleted or damaged since the run started
             continue
-        pixels = augment(image[None], tf.constant(draws[i : i + 1]))[0].numpy()
+        augmented_image = augment(image[None], tf.constant(draws[i : i + 1]), strength=run.augment, flips=run.flips)
+        pixels = augmented_image[0].numpy()
         result.append((row["label"], pixels.astype(np.uint8)))
     return result

@@ -1,4 +1,4 @@
-"""Whether all workers of a job have the same flags, the same data and the same checkpoint."""
+"""Whether all workers of a job have the same flags, data and checkpoint; values that the chief computes for all."""
 
 import hashlib
 
@@ -25,3 +25,28 @@ def find_mismatched_replica(description: str, devices: Devices) -> int | None:
     digests = gather().numpy() if devices.replicas > 1 else digest
     mismatched = np.flatnonzero((digests != digests[0]).any(axis=1))
     return int(mismatched[0]) if len(mismatched) else None
+
+
+def from_chief(values: np.ndarray | None, shape: tuple[int, ...], devices: Devices) -> np.ndarray:
+    """The chief's float32 `values` of that shape, the same bits on every worker; the others pass None.
+
+    A collective operation: every worker must call it at the same point. Another processor may round differently, so
+    what one worker computes must not be computed again by the others.
+    """
+    if devices.replicas == 1:
+        assert values is not None
+        return values
+    local = np.zeros((devices.local_replicas, *shape), np.float32)
+    if values is not None:
+        local[0] = values  # summed over all replicas of all workers, of which the others hold zeros
+
+    @tf.function
+    def sum_over_replicas() -> tf.Tensor:
+        def replica_sum() -> tf.Tensor:
+            context = tf.distribute.get_replica_context()
+            own = tf.gather(tf.constant(local), context.replica_id_in_sync_group - devices.first_replica)
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, own)
+
+        return devices.strategy.experimental_local_results(devices.strategy.run(replica_sum))[0]
+
+    return sum_over_replicas().numpy()

@@ -68,6 +68,11 @@ def start(cluster: Cluster, *, require_gpu: bool) -> Devices:
     )
 
 
+def count_gpus() -> int:
+    """Number of GPUs of this machine; unlike `start`, it does not initialize them."""
+    return len(tf.config.list_physical_devices("GPU"))
+
+
 def _check_gpus(gpus: list, require_gpu: bool) -> None:
     if gpus:
         gpu.check_shared_memory(num_gpus=len(gpus))

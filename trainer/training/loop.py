@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from trainer.artifacts.metrics import classification_metrics
 from trainer.data.sampler import EpochPlan
 from trainer.errors import UserError
 from trainer.runtime.devices import Devices
@@ -243,6 +244,7 @@ class Validation:
 
     loss: float
     accuracy: float
+    balanced_accuracy: float
     probabilities: np.ndarray
     is_readable: np.ndarray
 
@@ -257,10 +259,11 @@ def evaluate_logits(outputs: ModelOutputs, labels: np.ndarray, label_smoothing: 
     num_classes = logits.shape[1]
     of_label = log_probabilities[np.arange(len(labels)), labels]
     losses = -(1 - label_smoothing) * of_label - label_smoothing / num_classes * log_probabilities.sum(axis=1)
-    is_correct = logits.argmax(axis=1) == labels
+    metrics = classification_metrics(labels[is_readable], logits[is_readable].argmax(axis=1), num_classes)
     return Validation(
         loss=float(losses[is_readable].mean()),
-        accuracy=float(is_correct[is_readable].mean()),
+        accuracy=metrics.accuracy,
+        balanced_accuracy=metrics.balanced_accuracy,
         probabilities=np.exp(log_probabilities).astype(np.float32),
         is_readable=is_readable,
     )

@@ -8,7 +8,10 @@ import keras
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained; `learning_rate` is the peak of the schedule."""
+    """How a stage is trained; `learning_rate` is the peak of the schedule.
+
+    `warmup_epochs` -1 is a tenth of the stage.
+    """
 
     optimizer: str
     learning_rate: float
@@ -39,13 +42,23 @@ class _AdamW(_LocalGradients, keras.optimizers.AdamW):
     """AdamW on gradients that are summed already."""
 
 
+class _Lamb(_LocalGradients, keras.optimizers.Lamb):
+    """LAMB on gradients that are summed already.
+
+    The learning rate is relative: each step changes the weights of a layer by that fraction of their norm (You et al.,
+    2020, arXiv:1904.00962). One rate therefore suits all layers, although the gradient of ResNet50's first convolution,
+    whose inputs are a hundred times larger than any other's, is a thousand times that of the others, and it suits
+    weights of any scale.
+    """
+
+
 class _SGD(_LocalGradients, keras.optimizers.SGD):
     """SGD on gradients that are summed already."""
 
 
 def make_optimizer(recipe: Recipe, *, epochs: int, steps_per_epoch: int, loss_scaling: bool) -> keras.Optimizer:
     """The Keras optimizer of a recipe, for TrainingLoop. `loss_scaling` is for float16, in which small gradients underflow."""
-    kinds = {"adam": _Adam, "adamw": _AdamW, "sgd": _SGD}
+    kinds = {"adam": _Adam, "adamw": _AdamW, "lamb": _Lamb, "sgd": _SGD}
     arguments: dict[str, float | None] = {"momentum": 0.9} if recipe.optimizer == "sgd" else {}
     if recipe.weight_decay or recipe.optimizer != "adamw":  # AdamW has a default weight decay of its own
         arguments["weight_decay"] = recipe.weight_decay or None
@@ -60,7 +73,8 @@ def make_optimizer(recipe: Recipe, *, epochs: int, steps_per_epoch: int, loss_sc
 
 def learning_rate_schedule(recipe: Recipe, *, epochs: int, steps_per_epoch: int) -> Any:
     """A float, or a Keras schedule over optimizer steps: linear warm-up, then constant or cosine."""
-    warmup_steps = round(recipe.warmup_epochs * steps_per_epoch)
+    warmup_epochs = epochs / 10 if recipe.warmup_epochs == -1 else recipe.warmup_epochs
+    warmup_steps = round(warmup_epochs * steps_per_epoch)
     if recipe.lr_schedule == "constant" and not warmup_steps:
         return recipe.learning_rate
     return keras.optimizers.schedules.CosineDecay(

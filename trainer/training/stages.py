@@ -4,6 +4,7 @@ Shapes: N training and V validation examples, F features, C classes.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable
 
 import keras
@@ -11,18 +12,24 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from trainer.artifacts.metrics import mcnemar_test
 from trainer.data import input_pipeline, sampler
 from trainer.data.dataset import Split
 from trainer.data.image_source import ImageSource
 from trainer.data.input_pipeline import ArraySource, BatchTransform, FileSource
+from trainer.data.preprocessing import Augmentation
 from trainer.models.resnet import Network
+from trainer.runtime import agreement
 from trainer.runtime.devices import Devices
-from trainer.training import feature_cache
+from trainer.training import feature_cache, head_solver
+from trainer.training.head_solver import HeadFit
 from trainer.training.loop import (
+    EpochTotals,
     ModelOutputs,
     ProfileRange,
     StopReason,
     TrainingLoop,
+    evaluate_logits,
     make_inference,
     run_inference,
 )
@@ -31,6 +38,10 @@ from trainer.training.progress import ProgressReporter
 from trainer.training.trainer import HEAD, WHOLE_NETWORK, Stage
 
 INFERENCE_BATCH = 64  # images per replica where nothing is trained
+MIN_FLIP_LOSS = 0.05  # of the accuracy, from which on flips may change labels: without flips little is lost
+MAX_FLIP_P_VALUE = 0.01  # of McNemar's test that the loss is chance
+UNTIL_DONE = -1  # --head_epochs of a head that is fitted to its optimum
+EPOCHS_OF_LARGE_FOLDERS = 15  # of the head, with thousands of steps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,13 +75,15 @@ def head_stage(
 ) -> Stage:
     """The stage that trains the head on the features of all images, which are read from `feature_dir` or computed.
 
-    `feature_source` is what the features depend on besides the images and the precision. Raises UserError if too many
-    images cannot be decoded, and TrainingInterrupted.
+    `epochs` -1 fits the head to its optimum (see head_solver), or trains EPOCHS_OF_LARGE_FOLDERS epochs where the
+    features are too many for that. `feature_source` is what the features depend on besides the images and the
+    precision. Raises UserError if too many images cannot be decoded, and TrainingInterrupted.
     """
     images = inputs.images
     name = feature_cache.cache_key(images.hashes, *feature_source, inputs.precision)
     logging.info("Features of %d images: read from %s, or computed and kept there.", len(images.paths), feature_dir)
-    compute = _feature_function(inputs)
+    batch_times: list[tuple[float, int]] = []
+    compute = _feature_function(inputs, batch_times)
     outputs = feature_cache.load_or_compute(feature_dir, name, len(images.paths), compute, is_chief=inputs.is_chief)
     images.record_unreadable(images.paths[~outputs.is_readable])
     images.check_bad_fraction()
@@ -78,9 +91,17 @@ def head_stage(
         ArraySource(tf.constant(outputs.values[index]), tf.constant(outputs.is_readable[index].astype(np.float32)))
         for index in images.split_indices
     ]
+    fit_head = None
+    if epochs == UNTIL_DONE:
+        training, num_classes = images.split_indices[0], len(inputs.class_weights)
+        is_small = head_solver.fits(len(training), outputs.values.shape[1], num_classes)
+        epochs = 1 if is_small else EPOCHS_OF_LARGE_FOLDERS
+        fit_head = _head_fit(inputs, ModelOutputs(*(part[training] for part in outputs))) if is_small else None
     return Stage(
         name=HEAD,
         epochs=epochs,
+        fit_head=fit_head,
+        feature_seconds_per_image=_seconds_per_image(batch_times),
         make_loop=_loop_factory(inputs, recipe, epochs=epochs, backbone=None, loss_scaling=False, jit_compile=False),
         training_batches=_training_batches(inputs, sources[0], lambda epoch: None),
         validation_batches=_validation_batches(inputs, sources[1], None),
@@ -89,18 +110,66 @@ def head_stage(
     )
 
 
+def _head_fit(inputs: StageInputs, features: ModelOutputs) -> Callable[[], EpochTotals]:
+    """A function that fits the head to the training features, on the chief alone, and sets it on all workers."""
+    head, labels = inputs.network.head, inputs.split.training.labels
+    values, labels = features.values[features.is_readable], labels[features.is_readable]
+
+    def fit() -> EpochTotals:
+        started = time.monotonic()
+        num_classes, packed = len(inputs.class_weights), None
+        if inputs.is_chief:
+            solution = head_solver.fit(
+                values,
+                labels,
+                num_classes=num_classes,
+                is_balanced=bool((inputs.class_weights != 1).any()),
+                seed=inputs.seed,
+            )
+            _log_head_fit(solution, values.shape)
+            packed = np.concatenate([solution.kernel, solution.bias[None]])
+        agreed = agreement.from_chief(packed, (values.shape[1] + 1, num_classes), inputs.devices)
+        for variable, value in zip(head.variables, (agreed[:-1], agreed[-1]), strict=True):
+            variable.assign(value)
+        result = evaluate_logits(
+            ModelOutputs(values @ agreed[:-1] + agreed[-1], np.ones(len(values), bool)), labels, label_smoothing=0.0
+        )
+        return EpochTotals(
+            steps=1,
+            loss=result.loss * len(values),
+            correct=result.accuracy * len(values),
+            examples=float(len(values)),
+            seconds=time.monotonic() - started,
+        )
+
+    return fit
+
+
+def _log_head_fit(solution: HeadFit, shape: tuple[int, ...]) -> None:
+    accuracy = solution.cross_validated_accuracy
+    logging.info(
+        "Head: logistic regression on %d x %d features, C = %.2g%s.",
+        shape[0],
+        shape[1],
+        solution.inverse_regularization,
+        "" if accuracy is None else f" by cross-validation, cross-validated accuracy {accuracy:.4f}",
+    )
+
+
 def whole_network_stage(
-    inputs: StageInputs, *, epochs: int, recipe: Recipe, augment: bool, profile: ProfileRange | None
+    inputs: StageInputs, *, epochs: int, recipe: Recipe, augment: str, flips: bool, profile: ProfileRange | None
 ) -> Stage:
     """The stage that trains the whole network on images, which are decoded in each epoch, or once if they are cached.
 
-    Raises UserError if too many images cannot be decoded.
+    `augment` is the value of --augment. Raises UserError if too many images cannot be decoded.
     """
     compute_dtype = inputs.network.backbone.compute_dtype
 
     def transform(epoch: int | None) -> BatchTransform:
-        seed = (inputs.seed, epoch) if augment and epoch is not None else None
-        return BatchTransform(inputs.preprocessing, seed, compute_dtype)
+        augmentation = None
+        if augment != "none" and epoch is not None:
+            augmentation = Augmentation(inputs.seed, epoch, augment, flips)
+        return BatchTransform(inputs.preprocessing, augmentation, compute_dtype)
 
     _decode_if_cached(inputs)
     sources = [inputs.images.source(index) for index in inputs.images.split_indices]
@@ -125,8 +194,46 @@ def whole_network_stage(
     )
 
 
-def _feature_function(inputs: StageInputs) -> Callable[[int, int], ModelOutputs]:
-    """A function (start, end) -> features float32 [end - start, F] of those images, traced once for all its calls."""
+def flips_keep_labels(inputs: StageInputs, probabilities: np.ndarray) -> bool:
+    """Whether flipped validation images are classified as well as they are, by the head that gave `probabilities`.
+
+    The head has seen no flipped image. If it classifies significantly fewer of them correctly, left and right are likely
+    to matter to the labels, and augmentation must not flip. `probabilities` is float32 [V, C], of the images as they are.
+    """
+    backbone, head, labels = inputs.network.backbone, inputs.network.head, inputs.split.validation.labels
+    _decode_if_cached(inputs)
+    source = inputs.images.source(inputs.images.split_indices[1])
+    transform = BatchTransform(inputs.preprocessing, None, backbone.compute_dtype)
+    plan, batches = _validation_batches(inputs, source, transform)()
+    infer = make_inference(lambda x: head(backbone(x[:, :, ::-1], training=False), training=False), inputs.devices)
+    outputs = run_inference(infer, batches, plan, stop_requested=inputs.stop_requested)
+    as_is, flipped = (
+        (values.argmax(axis=1) == labels)[outputs.is_readable] for values in (probabilities, outputs.values)
+    )
+    comparison = mcnemar_test(as_is, flipped)
+    keep = comparison.difference > -MIN_FLIP_LOSS or comparison.p_value > MAX_FLIP_P_VALUE
+    logging.info(
+        "Of %d validation images the head classifies %.1f %% correctly, flipped left to right %.1f %%: augmentation %s.",
+        len(flipped),
+        100 * as_is.mean(),
+        100 * flipped.mean(),
+        "flips images" if keep else "does not flip images, because left and right matter to the labels",
+    )
+    return keep
+
+
+def _seconds_per_image(batch_times: list[tuple[float, int]]) -> float | None:
+    """From the end and the size of each batch; without the first one, which builds the graph. None if it is the only one."""
+    if len(batch_times) < 2:
+        return None
+    return (batch_times[-1][0] - batch_times[0][0]) / sum(size for _, size in batch_times[1:])
+
+
+def _feature_function(inputs: StageInputs, batch_times: list[tuple[float, int]]) -> Callable[[int, int], ModelOutputs]:
+    """A function (start, end) -> features float32 [end - start, F] of those images, traced once for all its calls.
+
+    It adds the end of each batch, in seconds of the monotonic clock, and its number of images to `batch_times`.
+    """
     backbone, devices = inputs.network.backbone, inputs.devices
     infer = make_inference(lambda x: backbone(x, training=False), devices)
     transform = BatchTransform(inputs.preprocessing, None, backbone.compute_dtype)
@@ -139,7 +246,12 @@ def _feature_function(inputs: StageInputs) -> Callable[[int, int], ModelOutputs]
         labels = np.zeros(end - start, np.int32)
         batches = input_pipeline.batches(plan, source, labels, transform=transform, devices=devices)
         with inputs.progress.bar("computing features", end - start) as bar:
-            return run_inference(infer, batches, plan, on_batch=bar.update, stop_requested=inputs.stop_requested)
+
+            def on_batch(num_examples: int) -> None:
+                batch_times.append((time.monotonic(), num_examples))
+                bar.update(num_examples)
+
+            return run_inference(infer, batches, plan, on_batch=on_batch, stop_requested=inputs.stop_requested)
 
     return compute
 

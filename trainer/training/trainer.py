@@ -38,7 +38,8 @@ class Stage:
     """One stage of the training: `head` on features, or `all` (the whole network) on images.
 
     `make_loop(learning_rate_factor)` returns a new loop. `training_batches(epoch, first_step)` and
-    `validation_batches()` return the plan of a pass and its batches.
+    `validation_batches()` return the plan of a pass and its batches. `fit_head()`, if it is given, sets the head to its
+    optimum in place of training steps and returns the totals of the training examples; such a stage has one epoch.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Stage:
     training_batches: Callable[[int, int], tuple[EpochPlan, Iterable]]
     validation_batches: Callable[[], tuple[EpochPlan, Iterable]]
     training_paths: np.ndarray  # str objects [N], to name the images of a step
+    fit_head: Callable[[], EpochTotals] | None = None
+    feature_seconds_per_image: float | None = None  # if features were computed, and not read, before this stage
     slow_input_advice: str = ""  # what to try if the device waits for the input
     profile: ProfileRange | None = None  # of the first epoch
 
@@ -70,7 +73,9 @@ class TrainingState:
     saving_seconds: float = 0.0  # in the current epoch
     history: list[dict] = dataclasses.field(default_factory=list)
     times: list[dict] = dataclasses.field(default_factory=list)
+    ranks: list[list[float]] = dataclasses.field(default_factory=list)  # BestEpoch.rank of each epoch of the stage
     learning_rate_factor: float = 1.0
+    flips: bool = True  # whether augmentation flips images, decided before the first epoch of the whole network
     nan_retries_used: int = 0
     seconds: float = 0.0  # of the whole job so far, over all its starts
 
@@ -88,6 +93,7 @@ class TrainingState:
 class TrainerOptions:
     """How a Trainer validates, writes checkpoints and recovers; each field is the flag of the same name."""
 
+    monitor: str
     label_smoothing: float
     early_stopping_patience: int
     checkpoint_secs: float
@@ -134,11 +140,17 @@ class Trainer:
             return False
         self.state, self._arrays = TrainingState.from_json(latest.state["progress"]), latest.arrays
         self._best_head = {name: value for name, value in latest.arrays.items() if name.startswith("best/")}
-        epoch, val_accuracy, val_loss = latest.state["best"]
-        probabilities, is_readable = (latest.arrays[f"validation/{name}"] for name in ("probabilities", "is_readable"))
-        self.best = BestEpoch(epoch, val_accuracy, val_loss, probabilities, is_readable)
-        on_disk = best_weights.read(self._paths.best_weights)
-        if on_disk.val_accuracy > self.best.val_accuracy or on_disk.epoch == self.best.epoch:
+        epoch, val_accuracy, val_loss, *rest = latest.state["best"]
+        self.best = BestEpoch(
+            epoch=epoch,
+            val_accuracy=val_accuracy,
+            val_loss=val_loss,
+            balanced_accuracy=rest[0] if rest else -1.0,  # checkpoints of earlier versions have none
+            probabilities=latest.arrays["validation/probabilities"],
+            is_readable=latest.arrays["validation/is_readable"],
+        )
+        on_disk, monitor = best_weights.read(self._paths.best_weights), self._options.monitor
+        if on_disk.rank(monitor) > self.best.rank(monitor) or on_disk.epoch == self.best.epoch:
             # Written after the checkpoint. On some devices, repeated steps give other numbers: keep the better weights.
             self.best = on_disk
         return True
@@ -154,6 +166,7 @@ class Trainer:
         """
         if self.state.stage != stage.name:
             self.state.stage, self.state.stage_epochs, self.state.totals = stage.name, 0, EpochTotals()
+            self.state.ranks = []
             self.state.learning_rate_factor = 1.0
         loop = self._make_loop(stage)
         while self.state.stage_epochs < stage.epochs and not self._stops_early(stage):
@@ -174,6 +187,38 @@ class Trainer:
 
     def _train_epoch(self, stage: Stage, loop: TrainingLoop) -> EpochResult:
         state, number = self.state, len(self.state.history) + 1
+        if stage.fit_head:
+            totals = stage.fit_head()
+            self._callbacks.on_steps(stage.name, number, 0, totals.steps, totals)
+        else:
+            totals = self._train_steps(stage, loop, number)
+        try:
+            started = time.monotonic()
+            validation = self._validate(stage, loop)
+        except TrainingInterrupted:
+            self.save(loop)
+            raise
+        validated = time.monotonic()
+        row = _history_row(stage, loop, number, totals, validation)
+        reached = _best_epoch(number, validation)
+        rank = reached.rank(self._options.monitor)
+        is_best = rank > self.best.rank(self._options.monitor)
+        if is_best:
+            self._keep_best(stage, reached)
+        state.saving_seconds += time.monotonic() - validated
+        times = _time_row(row, totals, validated - started, state.saving_seconds)
+        state.history.append(row)
+        state.times.append(times)
+        state.ranks.append(list(rank))
+        state.stage_epochs, state.totals, state.saving_seconds = state.stage_epochs + 1, EpochTotals(), 0.0
+        self.save(loop)
+        times["saving_seconds"] += state.saving_seconds  # of this checkpoint, which cannot contain its own duration
+        state.saving_seconds = 0.0
+        return EpochResult(row, times, is_best)
+
+    def _train_steps(self, stage: Stage, loop: TrainingLoop, number: int) -> EpochTotals:
+        """The remaining steps of the epoch `number`, with checkpoints in between."""
+        state = self.state
         plan, batches = stage.training_batches(state.stage_epochs, state.totals.steps)
 
         def after_steps(totals: EpochTotals, is_stopped: bool) -> None:
@@ -182,7 +227,7 @@ class Trainer:
             if is_stopped or time.monotonic() - self._saved_at >= self._options.checkpoint_secs:
                 self.save(loop)
 
-        totals = train_epoch(
+        return train_epoch(
             loop,
             batches,
             plan.steps,
@@ -192,41 +237,15 @@ class Trainer:
             after_steps=after_steps,
             profile=None if state.stage_epochs else stage.profile,
         )
-        try:
-            started = time.monotonic()
-            validation = self._validate(stage, loop)
-        except TrainingInterrupted:
-            self.save(loop)
-            raise
-        validated = time.monotonic()
-        row = _history_row(stage, loop, number, totals, validation)
-        is_best = validation.accuracy > self.best.val_accuracy
-        if is_best:
-            self._keep_best(stage, number, validation)
-        state.saving_seconds += time.monotonic() - validated
-        times = _time_row(row, totals, validated - started, state.saving_seconds)
-        state.history.append(row)
-        state.times.append(times)
-        state.stage_epochs, state.totals, state.saving_seconds = state.stage_epochs + 1, EpochTotals(), 0.0
-        self.save(loop)
-        times["saving_seconds"] += state.saving_seconds  # of this checkpoint, which cannot contain its own duration
-        state.saving_seconds = 0.0
-        return EpochResult(row, times, is_best)
 
     def _validate(self, stage: Stage, loop: TrainingLoop) -> Validation:
         plan, batches = stage.validation_batches()
         outputs = loop.logits(batches, plan, stop_requested=self._callbacks.stop_requested)
         return evaluate_logits(outputs, self._labels, self._options.label_smoothing)
 
-    def _keep_best(self, stage: Stage, epoch: int, validation: Validation) -> None:
-        """Keeps the weights of the epoch as the best ones."""
-        self.best = BestEpoch(
-            epoch=epoch,
-            val_accuracy=validation.accuracy,
-            val_loss=validation.loss,
-            probabilities=validation.probabilities,
-            is_readable=validation.is_readable,
-        )
+    def _keep_best(self, stage: Stage, reached: BestEpoch) -> None:
+        """Keeps the current weights as the best ones."""
+        self.best = reached
         if stage.name == HEAD:
             self._best_head = checkpoint.snapshot(checkpoint.name_variables("best", self._network.head.variables))
         elif self._is_chief:
@@ -241,14 +260,15 @@ class Trainer:
             best_weights.write(self._paths.best_weights, self._network.model, self.best)
 
     def _stops_early(self, stage: Stage) -> bool:
-        """Whether none of the last `patience` epochs of the stage has a better val_accuracy; the same on all workers."""
-        patience = self._options.early_stopping_patience
-        if not patience or self.state.stage_epochs < patience:
+        """Whether none of the last `patience` epochs of the stage is better by --monitor; the same on all workers."""
+        patience, ranks = self._options.early_stopping_patience, self.state.ranks
+        if not patience or len(ranks) < patience:
             return False
-        accuracies = [row["val_accuracy"] for row in self.state.history if row["stage"] == stage.name]
-        stops = max(accuracies[:-patience], default=-1.0) >= max(accuracies[-patience:])
+        stops = max(ranks[:-patience], default=[]) >= max(ranks[-patience:])
         if stops:
-            logging.info("Stage %s stops early: no better val_accuracy for %d epochs.", stage.name, patience)
+            logging.info(
+                "Stage %s stops early: no better %s for %d epochs.", stage.name, self._options.monitor, patience
+            )
         return stops
 
     def _restore_after_nan(self, stage: Stage, error: NonFiniteLossError) -> TrainingLoop:
@@ -280,13 +300,25 @@ class Trainer:
         arrays = checkpoint.snapshot(loop.variables)
         arrays |= self._best_head if self.state.stage == HEAD else {}
         arrays |= {"validation/probabilities": self.best.probabilities, "validation/is_readable": self.best.is_readable}
-        best = [self.best.epoch, self.best.val_accuracy, self.best.val_loss]
+        best = [self.best.epoch, self.best.val_accuracy, self.best.val_loss, self.best.balanced_accuracy]
         self._writer.save(arrays, {"progress": self.state.as_json(), "best": best})
         self.state.saving_seconds += time.monotonic() - started
 
     def wait(self) -> None:
         """Waits until the last checkpoint is written; raises its error."""
         self._writer.wait()
+
+
+def _best_epoch(number: int, validation: Validation) -> BestEpoch:
+    """The validation of the epoch `number`, as best.weights.h5 keeps it."""
+    return BestEpoch(
+        epoch=number,
+        val_accuracy=validation.accuracy,
+        val_loss=validation.loss,
+        balanced_accuracy=validation.balanced_accuracy,
+        probabilities=validation.probabilities,
+        is_readable=validation.is_readable,
+    )
 
 
 def _history_row(
@@ -301,7 +333,7 @@ def _history_row(
         "accuracy": totals.correct / num_examples,
         "val_loss": validation.loss,
         "val_accuracy": validation.accuracy,
-        "learning_rate": float(loop.optimizer.learning_rate.numpy()),
+        "learning_rate": 0.0 if stage.fit_head else float(loop.optimizer.learning_rate.numpy()),
         "seconds": round(totals.seconds, 3),
         "images_per_second": round(totals.examples / max(totals.seconds, 1e-9), 2),
     }
