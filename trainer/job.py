@@ -23,6 +23,7 @@ from trainer.config import Config
 from trainer.data import input_pipeline, sampler
 from trainer.data.dataset import Folder, Split
 from trainer.data.image_source import ImageSource
+from trainer.data.preprocessing import NetworkInput, input_from_flags
 from trainer.errors import UserError
 from trainer.models import gradcam, resnet
 from trainer.models.resnet import Network
@@ -63,6 +64,11 @@ class PreparedJob:
     stop: StopSignal
     report_metrics: Callable[[dict], None]
     build_network: Callable[..., Network] = resnet.build
+
+    @property
+    def network_input(self) -> NetworkInput:
+        """How images become the input of the network."""
+        return input_from_flags(self.settings.as_dict())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,8 +162,7 @@ def _finished_run(prepared: PreparedJob, paths: JobDir) -> FinishedRun:
         export_formats=settings.export_formats,
         class_names=prepared.folder.class_names,
         validation=prepared.split.validation,
-        image_size=settings.image_size,
-        preprocessing=settings.preprocessing,
+        network_input=prepared.network_input,
         head=settings.head,
         with_webp="WebP" in prepared.folder.formats,
         build_network=prepared.build_network,
@@ -177,7 +182,7 @@ def _image_source(prepared: PreparedJob, paths: JobDir) -> ImageSource:
         settings.data_dir,
         folder,
         prepared.split,
-        image_size=settings.image_size,
+        network_input=prepared.network_input,
         cache=cache,
         cache_dir=settings.cache_dir,
         read_parallelism=settings.read_parallelism,
@@ -400,7 +405,7 @@ def _stage_inputs(job: Job, network: Network) -> StageInputs:
         class_weights=sampler.class_weights(split.training.labels, len(job.class_names), settings.class_weight),
         batch_size=settings.batch_size,
         seed=settings.seed,
-        preprocessing=settings.preprocessing,
+        network_input=job.prepared.network_input,
         precision=job.precision,
         xla=job.xla,
         is_chief=job.is_chief,
@@ -436,7 +441,7 @@ def _make_stage(job: Job, inputs: StageInputs, name: str) -> Stage:
         epochs=settings.head_epochs,
         recipe=recipe,
         feature_dir=settings.cache_dir or job.paths.checkpoints,
-        feature_source=(fingerprint, settings.image_size, settings.preprocessing, settings.head),
+        feature_source=(fingerprint, job.prepared.network_input, settings.head),
         profile=profile,
     )
 
@@ -463,8 +468,7 @@ def _finish(
         best,
         finished.data_dir,
         run_record.read(finished.paths.root).shown_paths,
-        image_size=finished.image_size,
-        preprocessing=finished.preprocessing,
+        network_input=finished.network_input,
     )
     job.paths.write_heatmaps(trainer.best.epoch, heatmaps)
     job.paths.write_times(trainer.state.times)

@@ -9,7 +9,11 @@ import tensorflow as tf
 from PIL import Image
 
 from tests.support import corpus
-from trainer.data.preprocessing import NUM_AUGMENTATION_DRAWS, augment, decode_image, preprocess
+from trainer.data.preprocessing import NUM_AUGMENTATION_DRAWS, NetworkInput, augment, decode_image, preprocess
+
+
+def input_of(image_size: int) -> NetworkInput:
+    return NetworkInput(image_size=image_size, preprocessing="imagenet")
 
 
 def encoded(pixels: np.ndarray, kind: str, **options) -> bytes:
@@ -28,12 +32,12 @@ def pixels():
 @pytest.mark.parametrize("kind", ["PNG", "BMP"])
 def test_a_lossless_image_of_the_right_size_is_not_changed(pixels, kind):
     square = pixels[:60, :60]
-    np.testing.assert_array_equal(decode_image(tf.constant(encoded(square, kind)), 60), square)
+    np.testing.assert_array_equal(decode_image(tf.constant(encoded(square, kind)), input_of(60)), square)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("PNG", 3), ("JPEG", 8), ("GIF", 40)])
 def test_every_format_is_resized_to_a_square(pixels, kind, tolerance):
-    decoded = decode_image(tf.constant(encoded(pixels, kind)), 48).numpy()
+    decoded = decode_image(tf.constant(encoded(pixels, kind)), input_of(48)).numpy()
     expected = np.asarray(Image.fromarray(pixels).resize((48, 48), Image.Resampling.BILINEAR), int)
     assert decoded.shape == (48, 48, 3)
     assert decoded.dtype == np.uint8
@@ -42,7 +46,7 @@ def test_every_format_is_resized_to_a_square(pixels, kind, tolerance):
 
 def test_text_is_rejected():
     with pytest.raises(tf.errors.InvalidArgumentError):
-        decode_image(tf.constant(b"text"), 32)
+        decode_image(tf.constant(b"text"), input_of(32))
 
 
 def test_imagenet_preprocessing_is_that_of_keras(pixels):

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer.data.preprocessing import decode_image, preprocess
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 from trainer.models import gradcam, resnet
 
 SIZE, CELLS = 32, 8  # height and width of an image in pixels, and of the convolution's output
@@ -89,9 +89,10 @@ def test_files_that_cannot_be_read_have_no_map(tmp_path):
         Image.fromarray(pixels).save(tmp_path / path)
     (tmp_path / paths[1]).write_bytes(b"damaged")
     (tmp_path / paths[2]).unlink()
-    maps = gradcam.of_files(network, str(tmp_path), [*paths, paths[0]], image_size=SIZE, preprocessing="rescale")
+    network_input = NetworkInput(image_size=SIZE, preprocessing="rescale")
+    maps = gradcam.of_files(network, str(tmp_path), [*paths, paths[0]], network_input=network_input)
     assert list(maps) == [paths[0], *paths[3:]]
-    image = decode_image(tf.constant((tmp_path / paths[5]).read_bytes()), SIZE)
+    image = decode_image(tf.constant((tmp_path / paths[5]).read_bytes()), network_input)
     expected = gradcam.heatmaps(network, preprocess(image[None], "rescale")).numpy()[0]
     np.testing.assert_array_equal(maps[paths[5]], np.round(255 * expected).astype(np.uint8))
 

@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from trainer.data.preprocessing import NetworkInput
 from trainer.serving import converters, saved_model
 
 CLASS_NAMES = ("a cat", "<b>", "çà")
@@ -14,7 +15,7 @@ CLASS_NAMES = ("a cat", "<b>", "çà")
 
 def write(directory, name, reference, preprocessing="imagenet") -> dict[str, float]:
     return converters.write(
-        str(directory), [name], reference, class_names=CLASS_NAMES, image_size=32, preprocessing=preprocessing
+        str(directory), [name], reference, class_names=CLASS_NAMES, network_input=NetworkInput(32, preprocessing)
     )
 
 

@@ -11,6 +11,7 @@ from tests.support.images import write_images
 from tests.support.paths import TINY_JOB
 from trainer.artifacts.job_dir import JobDir
 from trainer.data.dataset import read_folder
+from trainer.data.preprocessing import NetworkInput
 from trainer.errors import UserError
 from trainer.models import resnet
 from trainer.serving import converters, exporter
@@ -65,8 +66,7 @@ def test_without_a_readable_validation_image_nothing_is_exported(tmp_path):
         export_formats="saved_model",
         class_names=("a", "b"),
         validation=read_folder(str(images)).examples,
-        image_size=32,
-        preprocessing="imagenet",
+        network_input=NetworkInput(image_size=32, preprocessing="imagenet"),
         head="average",
         with_webp=False,
         build_network=resnet.build,

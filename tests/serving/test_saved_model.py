@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer.data.preprocessing import preprocess
+from trainer.data.preprocessing import NetworkInput, preprocess
 from trainer.models import gradcam
 from trainer.serving import saved_model
 
@@ -20,7 +20,7 @@ CLASS_NAMES = ("a cat", "<b>", "çà")
 
 def save(directory, reference, preprocessing="imagenet") -> float:
     return saved_model.save(
-        str(directory), reference, class_names=CLASS_NAMES, image_size=32, preprocessing=preprocessing
+        str(directory), reference, class_names=CLASS_NAMES, network_input=NetworkInput(32, preprocessing)
     )
 
 

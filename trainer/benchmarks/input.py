@@ -16,7 +16,7 @@ from PIL import Image
 
 from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device, rates, read_usage
 from trainer.data import input_pipeline, sampler
-from trainer.data.preprocessing import preprocess
+from trainer.data.preprocessing import NetworkInput, preprocess
 
 BATCH_SIZE = 32
 DISTINCT_LARGE_IMAGES = 24
@@ -115,7 +115,11 @@ def _trainer_pipeline(directory: str, paths: np.ndarray, image_size: int) -> Pip
     labels = np.zeros(len(paths), np.int32)
     transform = input_pipeline.BatchTransform(preprocessing="imagenet", augmentation_seed=None, dtype="float32")
     source = input_pipeline.FileSource(
-        directory=directory, paths=paths, image_size=image_size, on_unreadable=lambda index: None, is_jpeg=True
+        directory=directory,
+        paths=paths,
+        network_input=NetworkInput(image_size, transform.preprocessing),
+        on_unreadable=lambda index: None,
+        is_jpeg=True,
     )
 
     def pipeline() -> Iterator[np.ndarray]:

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device, rates, read_usage
 from trainer.data import input_pipeline, sampler
+from trainer.data.preprocessing import NetworkInput
 from trainer.models import resnet
 from trainer.runtime.devices import Devices
 from trainer.training.loop import TrainingLoop
@@ -172,15 +173,15 @@ def _file_batches(
     network: resnet.Network, devices: Devices, *, folder: str, paths: np.ndarray, workload: Workload
 ) -> Iterator:
     repeated = paths[np.arange(MAX_TURNS * workload.num_images) % len(paths)]
+    transform = input_pipeline.BatchTransform(
+        preprocessing="imagenet", augmentation_seed=None, dtype=network.backbone.compute_dtype
+    )
     source = input_pipeline.FileSource(
         directory=folder,
         paths=repeated,
-        image_size=workload.image_size,
+        network_input=NetworkInput(workload.image_size, transform.preprocessing),
         on_unreadable=lambda index: None,
         is_jpeg=True,
-    )
-    transform = input_pipeline.BatchTransform(
-        preprocessing="imagenet", augmentation_seed=None, dtype=network.backbone.compute_dtype
     )
     plan = sampler.ordered_epoch(len(repeated), batch_size=workload.batch_size, replicas=1)
     labels = np.zeros(len(repeated), np.int32)

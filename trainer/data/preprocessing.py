@@ -3,6 +3,10 @@
 Shapes: B images in a batch, S pixels to a side, N examples.
 """
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -13,7 +17,20 @@ from trainer.data import decoders
 IMAGENET_BGR_MEANS = (103.939, 116.779, 123.68)
 
 
-def decode_image(contents: tf.Tensor, image_size: int, *, with_webp: bool = True) -> tf.Tensor:
+@dataclasses.dataclass(frozen=True)
+class NetworkInput:
+    """How the bytes of an image become the input of a network: the same in training, evaluation and serving."""
+
+    image_size: int  # pixels
+    preprocessing: str  # as `preprocess` takes it
+
+
+def input_from_flags(flags: Mapping[str, Any]) -> NetworkInput:
+    """The input of the network of a run, from its flags as config.json holds them."""
+    return NetworkInput(flags["image_size"], flags["preprocessing"])
+
+
+def decode_image(contents: tf.Tensor, network_input: NetworkInput, *, with_webp: bool = True) -> tf.Tensor:
     """Decodes the bytes of a file to an upright RGB image uint8 [S, S, 3], resized without keeping the aspect ratio.
 
     Supports JPEG, PNG, GIF (first frame), BMP and WebP, detected by content; transparent pixels are composited on white
@@ -21,21 +38,22 @@ def decode_image(contents: tf.Tensor, image_size: int, *, with_webp: bool = True
     fraction of the cost. An image more than twice as large is resized by area, any other bilinearly.
     Raises tf.errors.InvalidArgumentError when it runs on other bytes, or on a header that claims too many pixels.
     """
-    return _resize_decoded(decoders.decode(contents, image_size, with_webp=with_webp), image_size)
+    decoded = decoders.decode(contents, network_input.image_size, with_webp=with_webp)
+    return _resize_decoded(decoded, network_input)
 
 
-def decode_jpeg_image(contents: tf.Tensor, image_size: int) -> tf.Tensor:
+def decode_jpeg_image(contents: tf.Tensor, network_input: NetworkInput) -> tf.Tensor:
     """As `decode_image`, for JPEG only: the same image from a smaller graph."""
-    return _resize_decoded(decoders.decode_jpeg(contents, image_size), image_size)
+    return _resize_decoded(decoders.decode_jpeg(contents, network_input.image_size), network_input)
 
 
-def resize(pixels: tf.Tensor, image_size: int, *, is_reduced: tf.Tensor | bool = False) -> tf.Tensor:
+def resize(pixels: tf.Tensor, network_input: NetworkInput, *, is_reduced: tf.Tensor | bool = False) -> tf.Tensor:
     """Resizes images uint8 [..., h, w, 3] to squares uint8 [..., S, S, 3] without keeping the aspect ratio.
 
     `is_reduced` says that the decoder has already reduced them, so they are resized by area.
     """
-    is_large = is_reduced | (tf.reduce_min(tf.shape(pixels)[-3:-1]) > 2 * image_size)
-    size = [image_size, image_size]
+    is_large = is_reduced | (tf.reduce_min(tf.shape(pixels)[-3:-1]) > 2 * network_input.image_size)
+    size = [network_input.image_size, network_input.image_size]
     resized = tf.cond(is_large, lambda: _resize_by_area(pixels, size), lambda: tf.image.resize(pixels, size))
     return tf.cast(tf.round(resized), tf.uint8)  # both methods average, so values stay in 0 to 255
 
@@ -45,12 +63,13 @@ def _resize_by_area(pixels: tf.Tensor, size: list[int]) -> tf.Tensor:
     return tf.image.resize(pixels, size, method="area")  # half the CPU time of antialias=True
 
 
-def _resize_decoded(decoded: decoders.Decoded, image_size: int) -> tf.Tensor:
+def _resize_decoded(decoded: decoders.Decoded, network_input: NetworkInput) -> tf.Tensor:
     image = decoded.pixels
     image.set_shape([None, None, 3])
-    resized = resize(image, image_size, is_reduced=decoded.is_reduced)
+    resized = resize(image, network_input, is_reduced=decoded.is_reduced)
     # Rotating the resized square gives the same image as resizing the rotated one, on fewer pixels.
-    return tf.ensure_shape(decoders.apply_orientation(resized, decoded.orientation), [image_size, image_size, 3])
+    upright = decoders.apply_orientation(resized, decoded.orientation)
+    return tf.ensure_shape(upright, [network_input.image_size, network_input.image_size, 3])
 
 
 def preprocess(images: tf.Tensor, preprocessing: str) -> tf.Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data import shards
-from trainer.data.preprocessing import decode_image, preprocess
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 from trainer.models.resnet import Network
 
 _BATCH_SIZE = 12
@@ -62,19 +62,19 @@ def explain(network: Network, pixels: tf.Tensor) -> Explanation:
 
 
 def of_files(
-    network: Network, directory: str, paths: list[str], *, image_size: int, preprocessing: str
+    network: Network, directory: str, paths: list[str], *, network_input: NetworkInput
 ) -> dict[str, np.ndarray]:
     """Heat maps uint8 [h, w] of images in a data directory, by path. Images that cannot be read are left out."""
 
-    @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8)])
+    @tf.function(input_signature=[tf.TensorSpec([None, *network.backbone.input_shape[1:]], tf.uint8)])
     def compute(images: tf.Tensor) -> tf.Tensor:
-        return heatmaps(network, preprocess(images, preprocessing))
+        return heatmaps(network, preprocess(images, network_input.preprocessing))
 
     images = {}
     for path in dict.fromkeys(paths):
         contents = shards.read(directory, path)
         try:
-            images[path] = decode_image(tf.constant(contents or b""), image_size)
+            images[path] = decode_image(tf.constant(contents or b""), network_input)
         except tf.errors.InvalidArgumentError:  # deleted or damaged since the start of the job
             continue
     readable_paths = list(images)

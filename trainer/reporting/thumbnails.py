@@ -116,17 +116,18 @@ def augmented(run: RunRecord) -> list[tuple[str, np.ndarray]]:
         return []
     import tensorflow as tf
 
-    from trainer.data.preprocessing import augment, augmentation_draws, decode_image
+    from trainer.data.preprocessing import augment, augmentation_draws, decode_image, input_from_flags
 
     num_training = len(run.training_rows)
     indices = np.linspace(0, num_training - 1, min(_NUM_AUGMENTED, num_training)).astype(int)
     draws = augmentation_draws(settings["seed"], 0, num_training)
+    network_input = input_from_flags(settings)
     result = []
     for i in indices:
         row = run.training_rows[i]
         contents = shards.read(settings["data_dir"], row["path"])
         try:
-            image = decode_image(tf.constant(contents or b""), settings["image_size"])
+            image = decode_image(tf.constant(contents or b""), network_input)
         except tf.errors.InvalidArgumentError:  # deleted or damaged since the run started
             continue
         pixels = augment(image[None], tf.constant(draws[i : i + 1]))[0].numpy()

@@ -144,7 +144,7 @@ def _reject_unsafe_operations(model_dir: str) -> None:
 def _load_job_dir(directory: str) -> Classifier:
     import tensorflow as tf
 
-    from trainer.data.preprocessing import decode_image, preprocess
+    from trainer.data.preprocessing import decode_image, input_from_flags, preprocess
     from trainer.models import gradcam, resnet
 
     paths = JobDir(directory)
@@ -152,20 +152,21 @@ def _load_job_dir(directory: str) -> Classifier:
     class_names = paths.read_class_names()
     if not files.exists(paths.best_weights):
         raise UserError(f"{paths.best_weights} does not exist yet: wait for the first epoch of the run.")
+    network_input = input_from_flags(settings)
     network = resnet.rebuild(
         paths.best_weights,
         num_classes=len(class_names),
-        image_size=settings["image_size"],
+        image_size=network_input.image_size,
         head=settings["head"],
     )
 
     # Without AutoGraph: it evaluates the annotations among the module's globals, where tf is not imported.
     @tf.function(input_signature=[tf.TensorSpec([None, *network.model.input_shape[1:]], tf.uint8)], autograph=False)
     def explain_images(images: tf.Tensor) -> gradcam.Explanation:
-        return gradcam.explain(network, preprocess(images, settings["preprocessing"]))
+        return gradcam.explain(network, preprocess(images, network_input.preprocessing))
 
     def explain(contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        images = [decode_image(tf.constant(one), settings["image_size"]) for one in contents]
+        images = [decode_image(tf.constant(one), network_input) for one in contents]
         explanation = explain_images(tf.stack(images))
         return explanation.probabilities.numpy(), explanation.heatmaps.numpy()
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.artifacts.job_dir import write_class_names
-from trainer.data.preprocessing import preprocess
+from trainer.data.preprocessing import NetworkInput, preprocess
 from trainer.models.resnet import Network
 from trainer.serving import saved_model
 from trainer.serving.saved_model import ParityReference
@@ -26,15 +26,18 @@ ONNX_OPSET = 18
 class PixelModule(tf.Module):
     """Preprocessing and network in one graph."""
 
-    def __init__(self, network: Network, image_size: int, preprocessing: str):
+    def __init__(self, network: Network, network_input: NetworkInput):
         super().__init__()
         self.weights = [
             variable.value for variable in network.model.variables
         ]  # TFLite's converter needs the reference
 
-        @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.float32, name="pixels")])
+        shape = [None, network_input.image_size, network_input.image_size, 3]
+
+        @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, name="pixels")])
         def classify(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
-            return {"probabilities": network.model(preprocess(pixels, preprocessing), training=False)}
+            preprocessed = preprocess(pixels, network_input.preprocessing)
+            return {"probabilities": network.model(preprocessed, training=False)}
 
         self.classify = classify
 
@@ -50,15 +53,14 @@ def write(
     reference: ParityReference,
     *,
     class_names: tuple[str, ...],
-    image_size: int,
-    preprocessing: str,
+    network_input: NetworkInput,
 ) -> dict[str, float]:
     """Writes each of the formats `tflite` and `onnx`, and labels.txt; returns the largest difference of each.
 
     Each format is run by its own runtime on the images of the reference. Raises saved_model.ParityError, and does not
     write that format, if a probability differs by more than saved_model.MAX_PROBABILITY_DIFFERENCE.
     """
-    module = PixelModule(reference.network, image_size, preprocessing)
+    module = PixelModule(reference.network, network_input)
     pixels = tf.cast(reference.images, tf.float32).numpy()
     files.make_directory(directory)
     write_class_names(files.join(directory, "labels.txt"), class_names)

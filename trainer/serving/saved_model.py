@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from trainer.data.preprocessing import decode_image, preprocess, resize
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess, resize
 from trainer.models import gradcam
 from trainer.models.resnet import Network
 from trainer.storage import files
@@ -50,20 +50,19 @@ class ServingModule(tf.Module):
         network: Network,
         *,
         class_names: tuple[str, ...],
-        image_size: int,
-        preprocessing: str,
+        network_input: NetworkInput,
         with_webp: bool,
     ):
         super().__init__()
         self.weights = [variable.value for variable in network.model.variables]  # tracked, so that they are saved
         self._class_names = tf.constant(class_names)
-        self._image_size = image_size
+        self._network_input = network_input
         self._with_webp = with_webp
 
         # One trace of the network for all signatures; TensorFlow prunes the heat map where it is not an output.
-        @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8)])
+        @tf.function(input_signature=[tf.TensorSpec([None, *network.model.input_shape[1:]], tf.uint8)])
         def explain(images: tf.Tensor) -> gradcam.Explanation:
-            return gradcam.explain(network, preprocess(images, preprocessing))
+            return gradcam.explain(network, preprocess(images, network_input.preprocessing))
 
         self._explain = explain
 
@@ -75,7 +74,7 @@ class ServingModule(tf.Module):
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, name="pixels")])
     def classify_pixels(self, pixels: tf.Tensor) -> dict[str, tf.Tensor]:
         """Signature serving_pixels; resizes to the network's size as in training, without keeping the aspect ratio."""
-        return self._outputs(self._explain(resize(pixels, self._image_size)))
+        return self._outputs(self._explain(resize(pixels, self._network_input)))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="bytes")])
     def explain(self, contents: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -90,9 +89,9 @@ class ServingModule(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
     def _decode(self, contents: tf.Tensor) -> tf.Tensor:
-        size = self._image_size
+        size = self._network_input.image_size
         return tf.map_fn(
-            lambda content: decode_image(content, size, with_webp=self._with_webp),
+            lambda content: decode_image(content, self._network_input, with_webp=self._with_webp),
             contents,
             fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
         )
@@ -111,8 +110,7 @@ def save(
     reference: ParityReference,
     *,
     class_names: tuple[str, ...],
-    image_size: int,
-    preprocessing: str,
+    network_input: NetworkInput,
     with_webp: bool = True,
 ) -> float:
     """Writes the SavedModel of the reference's network; returns the largest difference of a probability.
@@ -123,8 +121,7 @@ def save(
     module = ServingModule(
         reference.network,
         class_names=class_names,
-        image_size=image_size,
-        preprocessing=preprocessing,
+        network_input=network_input,
         with_webp=with_webp,
     )
     signatures = {

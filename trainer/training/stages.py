@@ -15,6 +15,7 @@ from trainer.data import input_pipeline, sampler
 from trainer.data.dataset import Split
 from trainer.data.image_source import ImageSource
 from trainer.data.input_pipeline import ArraySource, BatchTransform, FileSource
+from trainer.data.preprocessing import NetworkInput
 from trainer.models.resnet import Network
 from trainer.runtime.devices import Devices
 from trainer.training import feature_cache
@@ -44,7 +45,7 @@ class StageInputs:
     class_weights: np.ndarray
     batch_size: int  # global
     seed: int
-    preprocessing: str
+    network_input: NetworkInput
     precision: str
     xla: bool
     is_chief: bool
@@ -100,7 +101,7 @@ def whole_network_stage(
 
     def transform(epoch: int | None) -> BatchTransform:
         seed = (inputs.seed, epoch) if augment and epoch is not None else None
-        return BatchTransform(inputs.preprocessing, seed, compute_dtype)
+        return BatchTransform(inputs.network_input.preprocessing, seed, compute_dtype)
 
     _decode_if_cached(inputs)
     sources = [inputs.images.source(index) for index in inputs.images.split_indices]
@@ -129,7 +130,7 @@ def _feature_function(inputs: StageInputs) -> Callable[[int, int], ModelOutputs]
     """A function (start, end) -> features float32 [end - start, F] of those images, traced once for all its calls."""
     backbone, devices = inputs.network.backbone, inputs.devices
     infer = make_inference(lambda x: backbone(x, training=False), devices)
-    transform = BatchTransform(inputs.preprocessing, None, backbone.compute_dtype)
+    transform = BatchTransform(inputs.network_input.preprocessing, None, backbone.compute_dtype)
     batch_size = INFERENCE_BATCH * devices.replicas
 
     def compute(start: int, end: int) -> ModelOutputs:
