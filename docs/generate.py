@@ -87,6 +87,8 @@ SPANISH_TRAINER = {
 
 SPANISH_FLAGS = {
     "image_size": "Alto y ancho en píxeles de la entrada de la red; 32 o más.",
+    "resize": "Cómo se hace cuadrada una imagen. stretch: sin conservar la proporción; pad: toda la imagen, con márgenes; "
+    "crop: su cuadrado central. Igual al entrenar, exportar y servir.",
     "weights": "imagenet (Keras los descarga), none (aleatorios), o la ruta de un archivo de pesos de ResNet50 o de un "
     "trabajo anterior.",
     "batch_size": "Imágenes por paso entre todas las máquinas y dispositivos (el lote global).",

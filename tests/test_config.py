@@ -33,6 +33,7 @@ def test_every_default_is_allowed():
     ("changed", "message"),
     [
         ({"image_size": 31}, "--image_size is 31: pass a number of at least 32; ResNet50 reduces its input 32 times"),
+        ({"resize": "squeeze"}, "--resize is 'squeeze': pass one of stretch, pad, crop"),
         ({"batch_size": 0}, "--batch_size is 0: pass a number of at least 1"),
         ({"learning_rate": 0.0}, "--learning_rate is 0.0: pass a number above 0"),
         ({"learning_rate": math.nan}, "--learning_rate is nan: pass a finite number"),
@@ -64,6 +65,12 @@ def test_a_value_that_cannot_work_is_refused(changed, message):
 def test_profile_range_is_the_first_and_last_step():
     assert Config(profile_steps="10,20").profile_range() == (10, 20)
     assert Config().profile_range() is None
+
+
+def test_a_run_from_before_a_flag_is_a_run_with_its_default():
+    before = {name: value for name, value in Config().as_dict().items() if name != "resize"}
+    assert config.changes(before, Config().as_dict()) == []
+    assert config.changes(before, Config(resize="pad").as_dict()) == ["resize: stretch -> pad"]
 
 
 def test_changes_lists_what_makes_another_run():

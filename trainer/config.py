@@ -6,7 +6,7 @@ choices, whether a resumed run may change it, and whether workers may differ in 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
@@ -97,6 +97,13 @@ class Config:
         "Height and width in pixels of the network's input, 32 or more.",
         at_least=32,
         reason="ResNet50 reduces its input 32 times",
+        in_readme=True,
+    )
+    resize: str = _flag(
+        "stretch",
+        "How an image becomes a square. stretch: without keeping the aspect ratio; pad: all of the image, with margins; "
+        "crop: its central square. The same in training, export and serving.",
+        choices=("stretch", "pad", "crop"),
         in_readme=True,
     )
     seed: int = _flag(
@@ -370,10 +377,15 @@ def define_flags() -> None:
             defines[type(DEFAULTS[name])](name, DEFAULTS[name], info.help)
 
 
+def recorded(flags: Mapping[str, Any], name: str) -> Any:
+    """The flag `name` among the flags in a config.json. A run from before the flag existed did what its default does."""
+    return flags.get(name, DEFAULTS[name])
+
+
 def changes(before: dict, now: dict) -> list[str]:
     """Fields of two Config.as_dict() that differ and make it another run, each as `name: before -> now`."""
     return [
-        f"{name}: {before.get(name)} -> {now[name]}"
+        f"{name}: {recorded(before, name)} -> {now[name]}"
         for name in now
-        if name not in MAY_CHANGE_ON_RESUME and before.get(name) != now[name]
+        if name not in MAY_CHANGE_ON_RESUME and recorded(before, name) != now[name]
     ]

@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.runtime.devices import Devices
 
 ONE = Devices(tf.distribute.get_strategy(), "CPU", ("CPU:0",), 1, 1, 0)
-NETWORK_INPUT = NetworkInput(image_size=32, preprocessing="rescale")
+NETWORK_INPUT = NetworkInput(image_size=32, resize="stretch", preprocessing="rescale")
 UNREADABLE = [1, 3, 5]
 
 

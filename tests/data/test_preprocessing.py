@@ -13,7 +13,7 @@ from trainer.data.preprocessing import NUM_AUGMENTATION_DRAWS, NetworkInput, aug
 
 
 def input_of(image_size: int) -> NetworkInput:
-    return NetworkInput(image_size=image_size, preprocessing="imagenet")
+    return NetworkInput(image_size=image_size, resize="stretch", preprocessing="imagenet")
 
 
 def encoded(pixels: np.ndarray, kind: str, **options) -> bytes:

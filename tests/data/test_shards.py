@@ -35,9 +35,15 @@ def test_batches_from_shards_are_those_of_the_folder(folder, tmp_path):
     from_folder, from_shards = (
         input_pipeline.decode_all(source, "", lambda count: None)
         for source in (
-            FileSource(directory=folder, paths=paths, network_input=NetworkInput(32, "rescale"), on_unreadable=print),
             FileSource(
-                directory="", paths=paths, network_input=NetworkInput(32, "rescale"), on_unreadable=print, read=read
+                directory=folder, paths=paths, network_input=NetworkInput(32, "stretch", "rescale"), on_unreadable=print
+            ),
+            FileSource(
+                directory="",
+                paths=paths,
+                network_input=NetworkInput(32, "stretch", "rescale"),
+                on_unreadable=print,
+                read=read,
             ),
         )
     )

@@ -13,7 +13,7 @@ from trainer.models import resnet
 from trainer.serving import classifier as classifiers
 from trainer.serving.saved_model import ParityReference
 
-NETWORK_INPUT = NetworkInput(image_size=32, preprocessing="imagenet")
+NETWORK_INPUT = NetworkInput(image_size=32, resize="stretch", preprocessing="imagenet")
 
 
 @pytest.fixture(scope="session")

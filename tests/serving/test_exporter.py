@@ -45,7 +45,7 @@ def test_a_finished_run_adds_formats_that_are_requested_later(tmp_path):
     before = contents_and_time(paths.history), contents_and_time(converters.path(paths.exports, "tflite"))
     assert onnx_path in run("saved_model,tflite,onnx")
     assert sorted(pathlib.Path(paths.exports).iterdir()) == [
-        pathlib.Path(paths.exports, name) for name in ("labels.txt", "model.onnx", "model.tflite")
+        pathlib.Path(paths.exports, name) for name in ("input.json", "labels.txt", "model.onnx", "model.tflite")
     ]
     assert (contents_and_time(paths.history), contents_and_time(converters.path(paths.exports, "tflite"))) == before
     differences = paths.read_metrics()["export_differences"]
@@ -66,7 +66,7 @@ def test_without_a_readable_validation_image_nothing_is_exported(tmp_path):
         export_formats="saved_model",
         class_names=("a", "b"),
         validation=read_folder(str(images)).examples,
-        network_input=NetworkInput(image_size=32, preprocessing="imagenet"),
+        network_input=NetworkInput(image_size=32, resize="stretch", preprocessing="imagenet"),
         head="average",
         with_webp=False,
         build_network=resnet.build,

@@ -11,16 +11,16 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer.data.preprocessing import NetworkInput, preprocess
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 from trainer.models import gradcam
-from trainer.serving import saved_model
+from trainer.serving import classifier, saved_model
 
 CLASS_NAMES = ("a cat", "<b>", "çà")
 
 
 def save(directory, reference, preprocessing="imagenet") -> float:
     return saved_model.save(
-        str(directory), reference, class_names=CLASS_NAMES, network_input=NetworkInput(32, preprocessing)
+        str(directory), reference, class_names=CLASS_NAMES, network_input=NetworkInput(32, "stretch", preprocessing)
     )
 
 
@@ -38,6 +38,33 @@ def test_serving_default_equals_the_in_memory_model_for_any_batch_size(reference
     np.testing.assert_allclose(outputs["probabilities"], expected, atol=1e-5)
     assert [name.decode() for name in outputs["label"].numpy()] == [CLASS_NAMES[i] for i in expected.argmax(axis=1)]
     np.testing.assert_allclose(outputs["probability"], expected.max(axis=1), atol=1e-5)
+
+
+def test_the_model_contains_the_size_and_the_way_of_resizing(model):
+    outputs = model.signatures["network_input"]()
+    assert (outputs["image_size"].numpy(), outputs["resize"].numpy()) == (32, b"stretch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resize", ["pad", "crop"])
+def test_every_signature_resizes_as_the_reference(reference, tmp_path, resize):
+    network_input = NetworkInput(32, resize, "imagenet")
+    encoded = [png(np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8))
+               for seed, size in enumerate([(20, 160), (160, 20), (37, 40), (1, 90)])]  # fmt: skip
+    images = tf.stack([decode_image(tf.constant(contents), network_input) for contents in encoded])
+    expected = reference.network.model(preprocess(images, "imagenet")).numpy()
+    resized = dataclasses.replace(reference, encoded=encoded, images=images, expected=expected)
+    directory = str(tmp_path / "m")
+    assert saved_model.save(directory, resized, class_names=CLASS_NAMES, network_input=network_input) < 1e-5
+    signatures = tf.saved_model.load(directory).signatures
+    for contents, row in zip(encoded, expected, strict=True):
+        pixels = tf.io.decode_png(contents)[None]
+        np.testing.assert_allclose(signatures["serving_pixels"](pixels=pixels)["probabilities"], [row], atol=1e-5)
+    assert classifier.load(directory).resize == resize
+    with pytest.raises(saved_model.ParityError):  # a model that stretches
+        saved_model.save(
+            directory, resized, class_names=CLASS_NAMES, network_input=NetworkInput(32, "stretch", "imagenet")
+        )
 
 
 def test_the_model_contains_the_class_names(model):

@@ -94,7 +94,7 @@ def run(flags: argparse.Namespace, machine) -> None:
     def make_batches(plan: sampler.EpochPlan, examples: Examples, epoch: int | None):
         seed = None if epoch is None else (SEED, epoch)
         transform = input_pipeline.BatchTransform("rescale", seed, network.backbone.compute_dtype)
-        network_input = NetworkInput(image_size=32, preprocessing=transform.preprocessing)
+        network_input = NetworkInput(image_size=32, resize="stretch", preprocessing=transform.preprocessing)
         source = input_pipeline.FileSource(flags.folder, examples.paths, network_input, on_unreadable=print)
         return input_pipeline.batches(plan, source, examples.labels, transform=transform, devices=machine)
 

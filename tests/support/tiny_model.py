@@ -14,7 +14,7 @@ from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 CLASS_NAMES = ("<b>red & hot</b>", "grün", "blue")
 COLORS = ((220, 20, 20), (20, 220, 20), (20, 20, 220))
 IMAGE_SIZE = 32
-NETWORK_INPUT = NetworkInput(image_size=IMAGE_SIZE, preprocessing="rescale")
+NETWORK_INPUT = NetworkInput(image_size=IMAGE_SIZE, resize="stretch", preprocessing="rescale")
 
 
 def make_image(index: int, *, height: int = 90, width: int = 120, kind: str = "JPEG", seed: int = 0) -> bytes:

@@ -47,7 +47,7 @@ def measure(
     memory. Raises UserError if `packed_url` holds no shards, OSError if an image cannot be read.
     """
     paths = read_folder(local_dir).examples.paths
-    network_input = NetworkInput(image_size, PREPROCESSING)
+    network_input = NetworkInput(image_size, "stretch", PREPROCESSING)
     pack = read_folder(packed_url).pack
     if not pack:
         raise UserError(f"{packed_url} contains no shards: run trainer.pack with this --output_dir first.")

@@ -297,7 +297,7 @@ def read_folder_once(folder: str, image_size: str) -> None:
     source = input_pipeline.FileSource(
         directory=folder,
         paths=training.paths,
-        network_input=NetworkInput(int(image_size), transform.preprocessing),
+        network_input=NetworkInput(int(image_size), "stretch", transform.preprocessing),
         on_unreadable=lambda index: None,
     )
     batches = input_pipeline.batches(plan, source, training.labels, transform=transform, devices=one_device())

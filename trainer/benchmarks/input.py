@@ -117,7 +117,7 @@ def _trainer_pipeline(directory: str, paths: np.ndarray, image_size: int) -> Pip
     source = input_pipeline.FileSource(
         directory=directory,
         paths=paths,
-        network_input=NetworkInput(image_size, transform.preprocessing),
+        network_input=NetworkInput(image_size, "stretch", transform.preprocessing),
         on_unreadable=lambda index: None,
         is_jpeg=True,
     )

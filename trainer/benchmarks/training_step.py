@@ -179,7 +179,7 @@ def _file_batches(
     source = input_pipeline.FileSource(
         directory=folder,
         paths=repeated,
-        network_input=NetworkInput(workload.image_size, transform.preprocessing),
+        network_input=NetworkInput(workload.image_size, "stretch", transform.preprocessing),
         on_unreadable=lambda index: None,
         is_jpeg=True,
     )

@@ -1,6 +1,6 @@
 """Turns the bytes of an image into the input of the network, the same for training, evaluation and serving.
 
-Shapes: B images in a batch, S pixels to a side, N examples.
+Shapes: B images in a batch, h x w the pixels of an image, S pixels to a side, N examples.
 """
 
 import dataclasses
@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from trainer import config
 from trainer.data import decoders
 
 # Channel means of ImageNet's training images, blue, green, red. Keras' ResNet50 weights were trained on images minus
 # these means (the "caffe" mode of keras.applications.imagenet_utils.preprocess_input).
 IMAGENET_BGR_MEANS = (103.939, 116.779, 123.68)
+
+# Of the margins of --resize=pad, RGB: the mean of ImageNet. It is 0 after subtraction of the means, as are the margins
+# that convolutions add, so it carries no evidence. One color for each preprocessing, because it is part of the contract
+# with callers that resize images themselves.
+PAD_COLOR = (124, 116, 104)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,52 +28,97 @@ class NetworkInput:
     """How the bytes of an image become the input of a network: the same in training, evaluation and serving."""
 
     image_size: int  # pixels
+    resize: str  # stretch, pad or crop: see `resize`
     preprocessing: str  # as `preprocess` takes it
 
 
 def input_from_flags(flags: Mapping[str, Any]) -> NetworkInput:
     """The input of the network of a run, from its flags as config.json holds them."""
-    return NetworkInput(flags["image_size"], flags["preprocessing"])
+    return NetworkInput(flags["image_size"], config.recorded(flags, "resize"), flags["preprocessing"])
 
 
 def decode_image(contents: tf.Tensor, network_input: NetworkInput, *, with_webp: bool = True) -> tf.Tensor:
-    """Decodes the bytes of a file to an upright RGB image uint8 [S, S, 3], resized without keeping the aspect ratio.
+    """Decodes the bytes of a file to an upright RGB image uint8 [S, S, 3], resized as `resize` does it.
 
     Supports JPEG, PNG, GIF (first frame), BMP and WebP, detected by content; transparent pixels are composited on white
     (see decoders). A JPEG of twice the size or more is decoded at 1/2, 1/4 or 1/8 of its size, which libjpeg does at a
-    fraction of the cost. An image more than twice as large is resized by area, any other bilinearly.
+    fraction of the cost.
     Raises tf.errors.InvalidArgumentError when it runs on other bytes, or on a header that claims too many pixels.
     """
-    decoded = decoders.decode(contents, network_input.image_size, with_webp=with_webp)
+    by_longer_side = network_input.resize == "pad"
+    decoded = decoders.decode(contents, network_input.image_size, by_longer_side=by_longer_side, with_webp=with_webp)
     return _resize_decoded(decoded, network_input)
 
 
 def decode_jpeg_image(contents: tf.Tensor, network_input: NetworkInput) -> tf.Tensor:
     """As `decode_image`, for JPEG only: the same image from a smaller graph."""
-    return _resize_decoded(decoders.decode_jpeg(contents, network_input.image_size), network_input)
+    by_longer_side = network_input.resize == "pad"
+    decoded = decoders.decode_jpeg(contents, network_input.image_size, by_longer_side=by_longer_side)
+    return _resize_decoded(decoded, network_input)
 
 
 def resize(pixels: tf.Tensor, network_input: NetworkInput, *, is_reduced: tf.Tensor | bool = False) -> tf.Tensor:
-    """Resizes images uint8 [..., h, w, 3] to squares uint8 [..., S, S, 3] without keeping the aspect ratio.
+    """Resizes images uint8 [..., h, w, 3] to squares uint8 [..., S, S, 3].
 
-    `is_reduced` says that the decoder has already reduced them, so they are resized by area.
+    stretch: the whole image, without keeping the aspect ratio. pad: the whole image, with equal margins of PAD_COLOR on
+    both sides. crop: the square in the middle of the image, of the length of its shorter side. All three commute with
+    rotations and flips. Where the middle falls between two pixels, the margins are rounded by at most half a pixel, and
+    the cropped square is one pixel longer.
+
+    An image more than twice as large is resized by area, any other bilinearly. `is_reduced` says that the decoder has
+    already reduced it, so it is resized by area.
     """
-    is_large = is_reduced | (tf.reduce_min(tf.shape(pixels)[-3:-1]) > 2 * network_input.image_size)
-    size = [network_input.image_size, network_input.image_size]
-    resized = tf.cond(is_large, lambda: _resize_by_area(pixels, size), lambda: tf.image.resize(pixels, size))
+    size = network_input.image_size
+    squares = [*pixels.shape[:-3], size, size, 3]
+    if network_input.resize == "crop":
+        pixels = _crop_to_square(pixels)
+    sides = tf.shape(pixels)[-3:-1]  # h, w
+    if network_input.resize == "pad":
+        margins = _margins(sides, size)
+        resized = _resize(pixels, size - 2 * margins, is_reduced | (tf.reduce_max(sides) > 2 * size))
+        return tf.ensure_shape(_add_margins(resized, margins), squares)
+    return tf.ensure_shape(_resize(pixels, [size, size], is_reduced | (tf.reduce_min(sides) > 2 * size)), squares)
+
+
+def _resize(pixels: tf.Tensor, sides: tf.Tensor | list[int], is_large: tf.Tensor) -> tf.Tensor:
+    resized = tf.cond(is_large, lambda: _resize_by_area(pixels, sides), lambda: tf.image.resize(pixels, sides))
     return tf.cast(tf.round(resized), tf.uint8)  # both methods average, so values stay in 0 to 255
 
 
 @decoders.rarely_used
-def _resize_by_area(pixels: tf.Tensor, size: list[int]) -> tf.Tensor:
-    return tf.image.resize(pixels, size, method="area")  # half the CPU time of antialias=True
+def _resize_by_area(pixels: tf.Tensor, sides: tf.Tensor | list[int]) -> tf.Tensor:
+    return tf.image.resize(pixels, sides, method="area")  # half the CPU time of antialias=True
+
+
+def _crop_to_square(pixels: tf.Tensor) -> tf.Tensor:
+    """The central square of images [..., h, w, 3]; one side is a pixel longer where an equal one is not in the middle."""
+    sides = tf.shape(pixels)[-3:-1]
+    shorter = tf.reduce_min(sides)
+    kept = shorter + (sides - shorter) % 2
+    top, left = tf.unstack((sides - kept) // 2)
+    return pixels[..., top : top + kept[0], left : left + kept[1], :]
+
+
+def _margins(sides: tf.Tensor, size: int) -> tf.Tensor:
+    """Height of the upper and width of the left margin, int32 [2]; the opposite margin is equal. Some image remains."""
+    sides = tf.cast(sides, tf.int64)
+    longer = tf.reduce_max(sides)
+    rounded = (size * (longer - sides) + longer) // (2 * longer)
+    return tf.cast(tf.minimum(rounded, (size - 1) // 2), tf.int32)
+
+
+def _add_margins(images: tf.Tensor, margins: tf.Tensor) -> tf.Tensor:
+    color = tf.constant(PAD_COLOR, tf.int32)
+    one_side = tf.concat([tf.zeros([images.shape.rank - 3], tf.int32), margins, [0]], axis=0)
+    padded = tf.pad(tf.cast(images, tf.int32) - color, tf.stack([one_side, one_side], axis=1))
+    return tf.cast(padded + color, tf.uint8)
 
 
 def _resize_decoded(decoded: decoders.Decoded, network_input: NetworkInput) -> tf.Tensor:
     image = decoded.pixels
     image.set_shape([None, None, 3])
     resized = resize(image, network_input, is_reduced=decoded.is_reduced)
-    # Rotating the resized square gives the same image as resizing the rotated one, on fewer pixels.
+    # Rotating the square gives the same image as resizing the rotated one, on fewer pixels: `resize` is symmetric.
     upright = decoders.apply_orientation(resized, decoded.orientation)
     return tf.ensure_shape(upright, [network_input.image_size, network_input.image_size, 3])
 

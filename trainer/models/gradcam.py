@@ -35,8 +35,9 @@ def explain(network: Network, pixels: tf.Tensor) -> Explanation:
         explain(network, preprocess(images, preprocessing))  # images uint8 [B, S, S, 3]
 
     `pixels` is float32 [B, S, S, 3], preprocessed. For many batches, call it in a tf.function; it may also be part of a
-    SavedModel. To overlay a map on its image, resize the map to the height and width of the original image, because the
-    input of the network is the whole image, resized to a square without keeping the aspect ratio.
+    SavedModel. A map covers the square that the network receives. To overlay it on the original image, place the square
+    as `preprocessing.resize` took it: stretched over the whole image (stretch), centered with the length of the longer
+    side (pad) or of the shorter side (crop).
 
     The maximum of each map is 1. A region that supports other classes is 0; a map is all 0 if no region supports the
     predicted class. This is Grad-CAM (Selvaraju et al., 2017, arXiv:1610.02391) without the mean of the gradient over

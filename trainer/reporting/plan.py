@@ -34,6 +34,8 @@ def describe(settings: Config, folder: Folder, split: Split, resolved: dict[str,
         f"of {resolved['workers']} workers",
         f"  network     ResNet50, {settings.head} head, softmax over {num_classes} classes: {parameters:,} parameters; "
         f"weights: {settings.weights}",
+        f"  input       {settings.image_size} x {settings.image_size} pixels; resize: {settings.resize}; "
+        f"preprocessing: {settings.preprocessing}",
         f"  devices     {', '.join(resolved['devices'])}; XLA {'on' if resolved['xla'] else 'off'}",
         f"  precision   {resolved['precision']}: {resolved['precision_reason']}",
         f"  data_dir    {settings.data_dir}",

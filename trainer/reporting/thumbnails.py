@@ -37,7 +37,7 @@ def with_images(run: RunRecord, rows: list[dict[str, Any]]) -> list[dict[str, An
                 **row,
                 "image": image,
                 "image_uri": _jpeg_uri(image),
-                "heat_uri": "" if heatmap is None else _heat_uri(heatmap, image.size),
+                "heat_uri": "" if heatmap is None else _heat_uri(heatmap, image.size, run.resize),
             }
         )
     return result
@@ -93,17 +93,38 @@ def _jpeg_uri(image: Any) -> str:
     return html.data_uri(buffer.getvalue(), "jpeg")
 
 
-def _heat_uri(heatmap: np.ndarray, size: tuple[int, int]) -> str:
+def _heat_uri(heatmap: np.ndarray, size: tuple[int, int], resize: str) -> str:
     """A heat map uint8 [h, w] as an overlay in the proportions of `size` (width, height): high values are opaque."""
     from PIL import Image
 
     small = (max(1, size[0] // 3), max(1, size[1] // 3))  # pixels; enough for a smooth overlay, and a page holds many
-    share = np.asarray(Image.fromarray(heatmap).resize(small, Image.Resampling.BICUBIC), np.float32)[..., None] / 255
+    share = np.asarray(over_image(Image.fromarray(heatmap), small, resize), np.float32)[..., None] / 255
     cold, hot = np.array([230, 30, 90], np.float32), np.array([255, 225, 40], np.float32)  # red to yellow
     pixels = np.concatenate([cold + share * (hot - cold), 210 * share**0.8], axis=2).round().astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels, "RGBA").save(buffer, "PNG", optimize=True)
     return html.data_uri(buffer.getvalue(), "png")
+
+
+def over_image(heatmap: Any, size: tuple[int, int], resize: str) -> Any:
+    """A heat map of the network's input (PIL, L) over the image of `size` (width, height) that `resize` made it from.
+
+    The network does not see what `crop` leaves out: 0 there.
+    """
+    from PIL import Image
+
+    (width, height), (columns, rows) = size, heatmap.size
+    if resize == "crop":
+        side = min(size)
+        whole = Image.new("L", size)
+        square = heatmap.resize((side, side), Image.Resampling.BICUBIC)
+        whole.paste(square, ((width - side) // 2, (height - side) // 2))
+        return whole
+    box = (0.0, 0.0, float(columns), float(rows))
+    if resize == "pad":
+        left, top = columns / 2 * (1 - width / max(size)), rows / 2 * (1 - height / max(size))
+        box = (left, top, columns - left, rows - top)
+    return heatmap.resize(size, Image.Resampling.BICUBIC, box=box)
 
 
 def augmented(run: RunRecord) -> list[tuple[str, np.ndarray]]:

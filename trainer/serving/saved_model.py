@@ -5,6 +5,8 @@ Signatures, each for any batch size:
     serving_pixels    pixels uint8 [B, h, w, 3], RGB -> the same outputs
     explain           bytes string [B] -> the same outputs and heatmap float32 [B, H, W] in 0..1 (see models.gradcam)
     class_names       -> class_names string [C], in the order of `probabilities`
+    network_input     -> image_size int32 [], resize string []: the square that images become (see preprocessing.resize),
+                         of which `heatmap` is the map
 
 In JSON an image is {"bytes": {"b64": "..."}}: TensorFlow Serving and Vertex AI decode an object whose only key is b64
 into a string (JsonDecodeBase64Object in tensorflow_serving/util/json_tensor.cc), whatever the name of the input.
@@ -73,7 +75,7 @@ class ServingModule(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, name="pixels")])
     def classify_pixels(self, pixels: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Signature serving_pixels; resizes to the network's size as in training, without keeping the aspect ratio."""
+        """Signature serving_pixels; resizes as in training."""
         return self._outputs(self._explain(resize(pixels, self._network_input)))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="bytes")])
@@ -86,6 +88,14 @@ class ServingModule(tf.Module):
     def class_names(self) -> dict[str, tf.Tensor]:
         """Signature class_names."""
         return {"class_names": self._class_names}
+
+    @tf.function(input_signature=[])
+    def network_input(self) -> dict[str, tf.Tensor]:
+        """Signature network_input."""
+        return {
+            "image_size": tf.constant(self._network_input.image_size),
+            "resize": tf.constant(self._network_input.resize),
+        }
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
     def _decode(self, contents: tf.Tensor) -> tf.Tensor:
@@ -129,6 +139,7 @@ def save(
         "serving_pixels": module.classify_pixels,
         "explain": module.explain,
         "class_names": module.class_names,
+        "network_input": module.network_input,
     }
     with files.atomic_directory(directory) as temporary:
         verbosity = logging.get_verbosity()
