@@ -21,6 +21,10 @@ EXPORT_PACKAGES: dict[str, tuple[str, ...]] = {
     "tflite": ("ai_edge_litert",),
     "onnx": ("tf2onnx", "onnx", "onnxruntime"),
 }
+# Formats to which a backbone cannot be converted, with the reason.
+NOT_CONVERTED = {
+    ("ConvNeXtTiny", "onnx"): "tf2onnx converts neither its grouped convolutions nor its GELU (operation Erfc)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Config:
         224,
         "Height and width in pixels of the network's input, 32 or more.",
         at_least=32,
-        reason="ResNet50 reduces its input 32 times",
+        reason="each backbone reduces its input 32 times",
         in_readme=True,
     )
     resize: str = _flag(
@@ -145,15 +149,23 @@ class Config:
     )
     augment: bool = _flag(True, "Random crops, flips and colors in fine-tuning; never in validation or serving.")
     # network
-    weights: str = _flag(
-        "imagenet",
-        "imagenet (downloaded by Keras), none (random), or the path of a weights file of ResNet50 or of an earlier run.",
+    backbone: str = _flag(
+        "ResNet50",
+        "The network below the head, of keras.applications. Smaller and faster than ResNet50: MobileNetV3Large, "
+        "EfficientNetV2B0.",
+        choices=("ResNet50", "ResNet101", "EfficientNetV2B0", "ConvNeXtTiny", "MobileNetV3Large"),
         in_readme=True,
     )
-    head: str = _flag("average", "Layer between ResNet50 and the softmax layer.", choices=("average", "flatten"))
+    weights: str = _flag(
+        "imagenet",
+        "imagenet (downloaded by Keras), none (random), or the path of a weights file of the backbone or of an "
+        "earlier run.",
+        in_readme=True,
+    )
+    head: str = _flag("average", "Layer between the backbone and the softmax layer.", choices=("average", "flatten"))
     preprocessing: str = _flag(
         "imagenet",
-        "imagenet: as Keras' ImageNet weights expect; rescale: multiply by 1/255, as in the article.",
+        "imagenet: as the ImageNet weights of the backbone expect; rescale: multiply by 1/255, as in the article.",
         choices=("imagenet", "rescale"),
     )
     batch_norm: str = _flag(
@@ -329,6 +341,12 @@ class Config:
                 raise UserError(
                     f"--export_formats={self.export_formats} names {name!r}: pass one or more of "
                     f"{', '.join(EXPORT_PACKAGES)}, separated by commas."
+                )
+            reason = NOT_CONVERTED.get((self.backbone, name))
+            if reason:
+                raise UserError(
+                    f"--export_formats={self.export_formats} with --backbone={self.backbone}: {reason}: leave {name} out, "
+                    "or pass another backbone."
                 )
         self.profile_range()
 

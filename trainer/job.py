@@ -23,10 +23,10 @@ from trainer.config import Config
 from trainer.data import input_pipeline, sampler
 from trainer.data.dataset import Folder, Split
 from trainer.data.image_source import ImageSource
-from trainer.data.preprocessing import NetworkInput, input_from_flags
+from trainer.data.preprocessing import NetworkInput
 from trainer.errors import UserError
-from trainer.models import gradcam, resnet
-from trainer.models.resnet import Network
+from trainer.models import backbones, gradcam, networks
+from trainer.models.networks import Network
 from trainer.reporting import live, plan
 from trainer.reporting.live import ReportWriter
 from trainer.reporting.tensorboard import TensorBoard
@@ -50,7 +50,7 @@ from trainer.training.trainer import HEAD, WHOLE_NETWORK, Callbacks, Stage, Trai
 class PreparedJob:
     """What a command hands over: everything that is decided before TensorFlow starts.
 
-    `report_metrics` receives each row of the history. `build_network` is models.resnet.build, or a function with the
+    `report_metrics` receives each row of the history. `build_network` is models.networks.build, or a function with the
     same arguments.
     """
 
@@ -63,12 +63,12 @@ class PreparedJob:
     profile_range: tuple[int, int] | None
     stop: StopSignal
     report_metrics: Callable[[dict], None]
-    build_network: Callable[..., Network] = resnet.build
+    build_network: Callable[..., Network] = networks.build
 
     @property
     def network_input(self) -> NetworkInput:
         """How images become the input of the network."""
-        return input_from_flags(self.settings.as_dict())
+        return backbones.input_from_flags(self.settings.as_dict())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def run(prepared: PreparedJob) -> int:
     machine = devices.start(cluster, require_gpu=settings.require_gpu)
     prepared.stop.listen()
     precision, precision_reason = devices.choose_precision(settings.precision, machine.kind)
-    trains_statistics = resnet.updates_batch_statistics(settings.batch_norm, settings.weights)
+    trains_statistics = networks.updates_batch_statistics(settings.batch_norm, settings.weights)
     xla = devices.use_xla(settings.xla, machine, trains_statistics=bool(settings.epochs) and trains_statistics)
     resolved = {
         "precision": precision,
@@ -163,6 +163,7 @@ def _finished_run(prepared: PreparedJob, paths: JobDir) -> FinishedRun:
         class_names=prepared.folder.class_names,
         validation=prepared.split.validation,
         network_input=prepared.network_input,
+        backbone=settings.backbone,
         head=settings.head,
         with_webp="WebP" in prepared.folder.formats,
         build_network=prepared.build_network,
@@ -321,6 +322,7 @@ def _build_network(job: Job) -> Network:
         network = job.prepared.build_network(
             num_classes=len(job.class_names),
             image_size=settings.image_size,
+            backbone=settings.backbone,
             weights=settings.weights,
             head=settings.head,
             precision=job.precision,
@@ -435,13 +437,13 @@ def _make_stage(job: Job, inputs: StageInputs, name: str) -> Stage:
         return stages.whole_network_stage(
             inputs, epochs=settings.epochs, recipe=recipe, augment=settings.augment, profile=profile
         )
-    fingerprint = resnet.weights_fingerprint(settings.weights)
+    fingerprint = networks.weights_fingerprint(settings.weights)
     return stages.head_stage(
         inputs,
         epochs=settings.head_epochs,
         recipe=recipe,
         feature_dir=settings.cache_dir or job.paths.checkpoints,
-        feature_source=(fingerprint, job.prepared.network_input, settings.head),
+        feature_source=(settings.backbone, fingerprint, job.prepared.network_input, settings.head),
         profile=profile,
     )
 

@@ -76,7 +76,7 @@ def source(tmp_path):
         str(tmp_path),
         folder,
         splits.split_by_content(folder.examples, 0.2),
-        network_input=NetworkInput(image_size=32, resize="stretch", preprocessing="imagenet"),
+        network_input=NetworkInput(image_size=32, resize="stretch", preprocessing="caffe"),
         cache=ImageCache(False),
         cache_dir="",
         read_parallelism=0,

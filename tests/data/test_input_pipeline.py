@@ -60,7 +60,7 @@ def test_files_and_decoded_arrays_give_the_same_batches(folder, tmp_path_factory
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("preprocessing", ["imagenet", "rescale"])
+@pytest.mark.parametrize("preprocessing", ["caffe", "torch", "tf", "rescale"])
 def test_compiled_preprocessing_equals_that_of_serving(preprocessing, dtype):
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     table = ArraySource(tf.constant(images), tf.ones(4))

@@ -13,7 +13,7 @@ from trainer.data.preprocessing import NUM_AUGMENTATION_DRAWS, NetworkInput, aug
 
 
 def input_of(image_size: int) -> NetworkInput:
-    return NetworkInput(image_size=image_size, resize="stretch", preprocessing="imagenet")
+    return NetworkInput(image_size=image_size, resize="stretch", preprocessing="caffe")
 
 
 def encoded(pixels: np.ndarray, kind: str, **options) -> bytes:
@@ -49,10 +49,15 @@ def test_text_is_rejected():
         decode_image(tf.constant(b"text"), input_of(32))
 
 
-def test_imagenet_preprocessing_is_that_of_keras(pixels):
-    ours = preprocess(tf.constant(pixels[None]), "imagenet")
-    theirs = keras.applications.resnet50.preprocess_input(pixels[None].astype(np.float32))
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+@pytest.mark.parametrize("mode", ["caffe", "torch", "tf"])
+def test_imagenet_preprocessing_is_that_of_keras(pixels, mode):
+    theirs = keras.applications.imagenet_utils.preprocess_input(pixels[None].astype(np.float32), mode=mode)
+    np.testing.assert_allclose(preprocess(tf.constant(pixels[None]), mode), theirs, atol=1e-4)
+
+
+def test_an_unknown_preprocessing_is_an_error(pixels):
+    with pytest.raises(ValueError, match="preprocessing is 'imagenet': pass rescale, caffe, torch or tf"):
+        preprocess(tf.constant(pixels[None]), "imagenet")
 
 
 def test_rescaling_is_that_of_the_article(pixels):

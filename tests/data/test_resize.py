@@ -31,7 +31,7 @@ SIZES = [
 
 
 def input_of(name: str, size: int = SIZE) -> NetworkInput:
-    return NetworkInput(image_size=size, resize=name, preprocessing="imagenet")
+    return NetworkInput(image_size=size, resize=name, preprocessing="caffe")
 
 
 def decode(image: Image.Image, name: str, file_format: str = "PNG", *, size: int = SIZE, **options) -> np.ndarray:

@@ -8,21 +8,21 @@ from PIL import Image
 
 from tests.support import corpus
 from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
-from trainer.models import gradcam, resnet
+from trainer.models import gradcam, networks
 from trainer.reporting import thumbnails
 
 SIZE, CELLS = 32, 8  # height and width of an image in pixels, and of the convolution's output
 RED, BLUE = (250, 0, 0), (0, 0, 250)
 
 
-def make_network(head: str, precision: str = "float32") -> resnet.Network:
+def make_network(head: str, precision: str = "float32") -> networks.Network:
     """Class 0 is red, class 1 is blue. The convolution has one channel for each."""
     keras.config.set_dtype_policy(precision)
     inputs = keras.Input([SIZE, SIZE, 3])
     x = keras.layers.Conv2D(2, 4, strides=4, use_bias=False, activation="relu", name="convolution")(inputs)
     keras.config.set_dtype_policy("float32")
     pooling = keras.layers.GlobalAveragePooling2D if head == "average" else keras.layers.Flatten
-    network = resnet.with_head(keras.Model(inputs, pooling(dtype="float32", name="features")(x)), 2)
+    network = networks.with_head(keras.Model(inputs, pooling(dtype="float32", name="features")(x)), 2)
     kernel = np.zeros([4, 4, 3, 2], np.float32)
     kernel[:, :, 0, 0] = kernel[:, :, 2, 1] = 1 / 16
     network.backbone.get_layer("convolution").set_weights([kernel])
@@ -126,6 +126,6 @@ def test_files_that_cannot_be_read_have_no_map(tmp_path):
 
 def test_a_backbone_without_a_convolution_is_an_error():
     inputs = keras.Input([6])
-    network = resnet.with_head(keras.Model(inputs, keras.layers.Dense(4)(inputs)), 2)
+    network = networks.with_head(keras.Model(inputs, keras.layers.Dense(4)(inputs)), 2)
     with pytest.raises(ValueError, match="needs \\[B, h, w, k\\]"):
         gradcam.explain(network, np.zeros([1, 6], np.float32))

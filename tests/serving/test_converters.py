@@ -14,7 +14,7 @@ CLASS_NAMES = ("a cat", "<b>", "çà")
 INPUT = {"image_size": 32, "resize": "stretch", "pad_color": [124, 116, 104]}
 
 
-def write(directory, name, reference, preprocessing="imagenet") -> dict[str, float]:
+def write(directory, name, reference, preprocessing="caffe") -> dict[str, float]:
     return converters.write(
         str(directory),
         [name],

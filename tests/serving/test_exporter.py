@@ -13,7 +13,7 @@ from trainer.artifacts.job_dir import JobDir
 from trainer.data.dataset import read_folder
 from trainer.data.preprocessing import NetworkInput
 from trainer.errors import UserError
-from trainer.models import resnet
+from trainer.models import networks
 from trainer.serving import converters, exporter
 from trainer.serving.exporter import FinishedRun
 
@@ -66,10 +66,11 @@ def test_without_a_readable_validation_image_nothing_is_exported(tmp_path):
         export_formats="saved_model",
         class_names=("a", "b"),
         validation=read_folder(str(images)).examples,
-        network_input=NetworkInput(image_size=32, resize="stretch", preprocessing="imagenet"),
+        network_input=NetworkInput(image_size=32, resize="stretch", preprocessing="caffe"),
+        backbone="ResNet50",
         head="average",
         with_webp=False,
-        build_network=resnet.build,
+        build_network=networks.build,
     )
     (images / "a" / "a_000.jpg").write_bytes(b"not an image any more")
     (images / "a" / "a_001.jpg").unlink()

@@ -42,7 +42,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--optimizer", default="sgd")
-    parser.add_argument("--network", default="tiny", help="tiny or resnet50")
+    parser.add_argument("--network", default="tiny", help="tiny, or a name of --backbone")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--steps_per_loop", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=8)
@@ -130,15 +130,16 @@ def run(flags: argparse.Namespace, machine) -> None:
 
 
 def make_network(name: str, precision: str, *, trains_statistics: bool):
-    """A small network with batch normalization, or ResNet50 with frozen statistics."""
+    """A small network with batch normalization, or a backbone with frozen statistics."""
     import keras
 
-    from trainer.models import resnet
+    from trainer.models import networks
 
-    if name == "resnet50":
-        return resnet.build(
+    if name != "tiny":
+        return networks.build(
             num_classes=3,
             image_size=32,
+            backbone=name,
             weights="none",
             head="average",
             precision=precision,
@@ -153,7 +154,7 @@ def make_network(name: str, precision: str, *, trains_statistics: bool):
     x = keras.layers.Conv2D(16, 3, activation="relu")(x)
     x = keras.layers.GlobalAveragePooling2D(dtype="float32")(x)
     keras.config.set_dtype_policy("float32")
-    return resnet.with_head(keras.Model(inputs, x), 3)
+    return networks.with_head(keras.Model(inputs, x), 3)
 
 
 if __name__ == "__main__":

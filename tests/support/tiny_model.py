@@ -30,14 +30,14 @@ def save(directory: pathlib.Path) -> pathlib.Path:
     import keras
     import tensorflow as tf
 
-    from trainer.models import resnet
+    from trainer.models import networks
     from trainer.serving import saved_model
     from trainer.serving.saved_model import ParityReference
 
     inputs = keras.Input([IMAGE_SIZE, IMAGE_SIZE, 3])
     convolution = keras.layers.Conv2D(3, 4, strides=4, use_bias=False, activation="relu")
     features = keras.layers.GlobalAveragePooling2D()(convolution(inputs))
-    network = resnet.with_head(keras.Model(inputs, features), len(CLASS_NAMES))
+    network = networks.with_head(keras.Model(inputs, features), len(CLASS_NAMES))
     convolution.set_weights([np.eye(3, dtype=np.float32)[None, None] * np.ones([4, 4, 1, 1], np.float32) / 16])
     network.head.layers[-1].set_weights([np.eye(3, dtype=np.float32) * 5, np.zeros(3, np.float32)])
     encoded = [make_image(i, seed=i) for i in range(3)]

@@ -54,6 +54,11 @@ class RunRecord:
         return config.recorded(self.flags, "resize")
 
     @functools.cached_property
+    def backbone(self) -> str:
+        """The name of the network below the head."""
+        return config.recorded(self.flags, "backbone")
+
+    @functools.cached_property
     def training_rows(self) -> list[dict[str, str]]:
         """The rows of split.csv that are trained on, in its order."""
         return [row for row in self.split if row["split"] != "validation"]

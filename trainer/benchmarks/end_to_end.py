@@ -293,7 +293,7 @@ def read_folder_once(folder: str, image_size: str) -> None:
         replicas=1,
         class_weights=np.ones(training.labels.max() + 1, np.float32),
     )
-    transform = input_pipeline.BatchTransform(preprocessing="imagenet", augmentation_seed=None, dtype="float32")
+    transform = input_pipeline.BatchTransform(preprocessing="caffe", augmentation_seed=None, dtype="float32")
     source = input_pipeline.FileSource(
         directory=folder,
         paths=training.paths,

@@ -113,7 +113,7 @@ def _one_epoch(prepare: Callable[[], Pipeline], num_images: int) -> Callable[[],
 def _trainer_pipeline(directory: str, paths: np.ndarray, image_size: int) -> Pipeline:
     plan = sampler.ordered_epoch(len(paths), batch_size=BATCH_SIZE, replicas=1)
     labels = np.zeros(len(paths), np.int32)
-    transform = input_pipeline.BatchTransform(preprocessing="imagenet", augmentation_seed=None, dtype="float32")
+    transform = input_pipeline.BatchTransform(preprocessing="caffe", augmentation_seed=None, dtype="float32")
     source = input_pipeline.FileSource(
         directory=directory,
         paths=paths,
@@ -151,6 +151,6 @@ def _plain_decode(directory: str, paths: np.ndarray, image_size: int) -> Pipelin
 
     dataset = tf.data.Dataset.from_tensor_slices([os.path.join(directory, path) for path in paths])
     dataset = dataset.map(read, tf.data.AUTOTUNE).batch(BATCH_SIZE)
-    dataset = dataset.map(lambda images: preprocess(images, "imagenet"), tf.data.AUTOTUNE)
+    dataset = dataset.map(lambda images: preprocess(images, "caffe"), tf.data.AUTOTUNE)
     dataset = dataset.prefetch(tf.data.AUTOTUNE)
     return lambda: dataset

@@ -4,22 +4,20 @@ Shapes: B images in a batch, h x w the pixels of an image, S pixels to a side, N
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from trainer import config
 from trainer.data import decoders
 
-# Channel means of ImageNet's training images, blue, green, red. Keras' ResNet50 weights were trained on images minus
-# these means (the "caffe" mode of keras.applications.imagenet_utils.preprocess_input).
+# Of ImageNet's training images, as in keras.applications.imagenet_utils: the means of blue, green and red in 0 to 255
+# ("caffe"); the means and standard deviations of red, green and blue in 0 to 1 ("torch").
 IMAGENET_BGR_MEANS = (103.939, 116.779, 123.68)
+IMAGENET_MEANS, IMAGENET_DEVIATIONS = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
-# Of the margins of --resize=pad, RGB: the mean of ImageNet. It is 0 after subtraction of the means, as are the margins
-# that convolutions add, so it carries no evidence. One color for each preprocessing, because it is part of the contract
-# with callers that resize images themselves.
+# Of the margins of --resize=pad, RGB: the mean of ImageNet. Preprocessing for ImageNet weights makes it about 0, as are
+# the margins that convolutions add, so it carries no evidence. It is the same for every preprocessing, because callers
+# that resize images themselves must know it.
 PAD_COLOR = (124, 116, 104)
 
 
@@ -30,11 +28,6 @@ class NetworkInput:
     image_size: int  # pixels
     resize: str  # stretch, pad or crop: see `resize`
     preprocessing: str  # as `preprocess` takes it
-
-
-def input_from_flags(flags: Mapping[str, Any]) -> NetworkInput:
-    """The input of the network of a run, from its flags as config.json holds them."""
-    return NetworkInput(flags["image_size"], config.recorded(flags, "resize"), flags["preprocessing"])
 
 
 def decode_image(contents: tf.Tensor, network_input: NetworkInput, *, with_webp: bool = True) -> tf.Tensor:
@@ -126,12 +119,22 @@ def _resize_decoded(decoded: decoders.Decoded, network_input: NetworkInput) -> t
 def preprocess(images: tf.Tensor, preprocessing: str) -> tf.Tensor:
     """The input of the network, float32 [B, S, S, 3], from RGB in 0 to 255 of any numeric dtype and the same shape.
 
-    `imagenet`: blue, green, red, minus the means of ImageNet, as Keras' weights expect. `rescale`: times 1/255.
+    `rescale`: times 1/255. The others are the modes of keras.applications.imagenet_utils.preprocess_input that ImageNet
+    weights were trained on (see models.backbones). `caffe`: blue, green, red, minus the means of ImageNet. `torch`: means 0
+    and deviations 1 over ImageNet. `tf`: -1 to 1.
     """
+    # XLA, which the input pipeline uses, fuses a product and a sum and then rounds once; a sum and a product it does not.
     images = tf.cast(images, tf.float32)
     if preprocessing == "rescale":
         return images * (1 / 255)
-    return tf.reverse(images, [-1]) - tf.constant(IMAGENET_BGR_MEANS)
+    if preprocessing == "caffe":
+        return tf.reverse(images, [-1]) - tf.constant(IMAGENET_BGR_MEANS)
+    if preprocessing == "torch":
+        means, scale = 255 * IMAGENET_MEANS, 1 / (255 * IMAGENET_DEVIATIONS)
+        return (images - tf.constant(means, tf.float32)) * tf.constant(scale, tf.float32)
+    if preprocessing == "tf":
+        return (images - 127.5) * (1 / 127.5)
+    raise ValueError(f"preprocessing is {preprocessing!r}: pass rescale, caffe, torch or tf.")
 
 
 NUM_AUGMENTATION_DRAWS = 8

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from trainer.data import shards
 from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
-from trainer.models.resnet import Network
+from trainer.models.networks import Network
 
 _BATCH_SIZE = 12
 

@@ -137,12 +137,13 @@ def augmented(run: RunRecord) -> list[tuple[str, np.ndarray]]:
         return []
     import tensorflow as tf
 
-    from trainer.data.preprocessing import augment, augmentation_draws, decode_image, input_from_flags
+    from trainer.data.preprocessing import augment, augmentation_draws, decode_image
+    from trainer.models import backbones
 
     num_training = len(run.training_rows)
     indices = np.linspace(0, num_training - 1, min(_NUM_AUGMENTED, num_training)).astype(int)
     draws = augmentation_draws(settings["seed"], 0, num_training)
-    network_input = input_from_flags(settings)
+    network_input = backbones.input_from_flags(settings)
     result = []
     for i in indices:
         row = run.training_rows[i]

@@ -13,7 +13,7 @@ import numpy as np
 
 from trainer.artifacts.job_dir import JobDir
 from trainer.artifacts.metrics import top_class
-from trainer.config import DEFAULTS
+from trainer.config import DEFAULTS, recorded
 from trainer.data import formats
 from trainer.errors import UserError
 from trainer.storage import files
@@ -158,19 +158,20 @@ def _reject_unsafe_operations(model_dir: str) -> None:
 def _load_job_dir(directory: str) -> Classifier:
     import tensorflow as tf
 
-    from trainer.data.preprocessing import decode_image, input_from_flags, preprocess
-    from trainer.models import gradcam, resnet
+    from trainer.data.preprocessing import decode_image, preprocess
+    from trainer.models import backbones, gradcam, networks
 
     paths = JobDir(directory)
     settings = (paths.read_config() or {})["flags"]
     class_names = paths.read_class_names()
     if not files.exists(paths.best_weights):
         raise UserError(f"{paths.best_weights} does not exist yet: wait for the first epoch of the run.")
-    network_input = input_from_flags(settings)
-    network = resnet.rebuild(
+    network_input = backbones.input_from_flags(settings)
+    network = networks.rebuild(
         paths.best_weights,
         num_classes=len(class_names),
         image_size=network_input.image_size,
+        backbone=recorded(settings, "backbone"),
         head=settings["head"],
     )
 

@@ -16,7 +16,7 @@ from absl import logging
 
 from trainer.artifacts.job_dir import write_class_names
 from trainer.data.preprocessing import PAD_COLOR, NetworkInput, preprocess
-from trainer.models.resnet import Network
+from trainer.models.networks import Network
 from trainer.serving import saved_model
 from trainer.serving.saved_model import ParityReference
 from trainer.storage import files

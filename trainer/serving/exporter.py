@@ -16,8 +16,8 @@ from trainer.data import shards
 from trainer.data.dataset import Examples
 from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 from trainer.errors import UserError
-from trainer.models import resnet
-from trainer.models.resnet import Network
+from trainer.models import networks
+from trainer.models.networks import Network
 from trainer.serving import converters, saved_model
 from trainer.serving.saved_model import ParityReference
 from trainer.storage import files
@@ -36,9 +36,10 @@ class FinishedRun:
     class_names: tuple[str, ...]
     validation: Examples
     network_input: NetworkInput
+    backbone: str
     head: str
     with_webp: bool
-    build_network: Callable[..., Network]  # models.resnet.build, or a function with the same arguments
+    build_network: Callable[..., Network]  # models.networks.build, or a function with the same arguments
 
     @property
     def converted_formats(self) -> list[str]:
@@ -53,10 +54,11 @@ class FinishedRun:
 
 def rebuild_best(run: FinishedRun) -> Network:
     """A new float32 network with the best weights."""
-    return resnet.rebuild(
+    return networks.rebuild(
         run.paths.best_weights,
         num_classes=len(run.class_names),
         image_size=run.network_input.image_size,
+        backbone=run.backbone,
         head=run.head,
         build_network=run.build_network,
     )

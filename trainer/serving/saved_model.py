@@ -23,7 +23,7 @@ from absl import logging
 
 from trainer.data.preprocessing import NetworkInput, decode_image, preprocess, resize
 from trainer.models import gradcam
-from trainer.models.resnet import Network
+from trainer.models.networks import Network
 from trainer.storage import files
 
 # Between two float32 models: TF32 convolutions differ by less.

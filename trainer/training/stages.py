@@ -16,7 +16,7 @@ from trainer.data.dataset import Split
 from trainer.data.image_source import ImageSource
 from trainer.data.input_pipeline import ArraySource, BatchTransform, FileSource
 from trainer.data.preprocessing import NetworkInput
-from trainer.models.resnet import Network
+from trainer.models.networks import Network
 from trainer.runtime.devices import Devices
 from trainer.training import feature_cache
 from trainer.training.loop import (
