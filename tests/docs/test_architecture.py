@@ -20,17 +20,17 @@ PROOFS = {
     "backbone": """
 from trainer.config import Config
 from trainer.models import backbones, networks
-assert backbones.input_from_flags(Config(backbone="DenseNet121").as_dict()).preprocessing == "torch"
+assert backbones.input_from_flags(Config(backbone="MobileNetV3Small").as_dict()).preprocessing == "tf"
 network = networks.build(
     num_classes=2,
     image_size=63,
-    backbone=Config(backbone="DenseNet121").backbone,
+    backbone=Config(backbone="MobileNetV3Small").backbone,
     weights="none",
     head="flatten",
     precision="float32",
     seed=0,
 )
-added = backbones.BACKBONES["DenseNet121"]
+added = backbones.BACKBONES["MobileNetV3Small"]
 assert network.backbone.count_params() == added.parameters
 assert network.backbone.output_shape == (None, added.features_per_cell * added.num_cells(63))
 """,
