@@ -78,7 +78,7 @@ SPANISH_TRAINER = {
     "storage/": "archivos locales y en buckets: escritura atómica, reintentos, bloqueo de job_dir",
     "runtime/": "dónde corre el trabajo: máquinas, dispositivos, diagnóstico de la GPU, señales",
     "data/": "de una carpeta de imágenes a lotes: listado, comprobación, partición, decodificación",
-    "models/": "ResNet50 con su cabeza, los pesos y Grad-CAM",
+    "models/": "la red: una base con su cabeza, los pesos y Grad-CAM",
     "artifacts/": "los archivos de job_dir y las métricas que contienen",
     "training/": "pasos de entrenamiento, etapas, puntos de control y reanudación",
     "serving/": "exportación comprobada, predicción y servidor HTTP",
@@ -88,8 +88,12 @@ SPANISH_TRAINER = {
 
 SPANISH_FLAGS = {
     "image_size": "Alto y ancho en píxeles de la entrada de la red; 32 o más.",
-    "weights": "imagenet (Keras los descarga), none (aleatorios), o la ruta de un archivo de pesos de ResNet50 o de un "
+    "resize": "Cómo se hace cuadrada una imagen. stretch: sin conservar la proporción; pad: toda la imagen, con márgenes; "
+    "crop: su cuadrado central. Igual al entrenar, exportar y servir.",
+    "weights": "imagenet (Keras los descarga), none (aleatorios), o la ruta de un archivo de pesos de la red base o de un "
     "trabajo anterior.",
+    "backbone": "La red base, bajo la cabeza, de keras.applications: ResNet50, ResNet101, EfficientNetV2B0, ConvNeXtTiny o "
+    "MobileNetV3Large. Más pequeñas y rápidas que ResNet50: MobileNetV3Large, EfficientNetV2B0.",
     "recipe": "Qué se entrena, en una palabra. head: solo la cabeza; finetune: después la red entera; auto: finetune en una "
     "GPU si dura menos de una hora, si no head; article: la receta del artículo. Cualquier otra opción prevalece.",
     "batch_size": "Imágenes por paso entre todas las máquinas y dispositivos (el lote global).",
@@ -112,7 +116,8 @@ def flag_table(*, is_spanish: bool = False) -> str:
     for name, info in FLAG_INFO.items():
         if info.in_readme:
             text = SPANISH_FLAGS[name] if is_spanish else _english_help(name)
-            rows.append(f"| `--{name}` | {str(DEFAULTS[name]).lower()} | {text} |")
+            default = DEFAULTS[name]
+            rows.append(f"| `--{name}` | {str(default).lower() if isinstance(default, bool) else default} | {text} |")
     return "\n".join(rows)
 
 

@@ -32,7 +32,9 @@ def test_every_default_is_allowed():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"image_size": 31}, "--image_size is 31: pass a number of at least 32; ResNet50 reduces its input 32 times"),
+        ({"image_size": 31}, "--image_size is 31: pass a number of at least 32; each backbone reduces its input"),
+        ({"resize": "squeeze"}, "--resize is 'squeeze': pass one of stretch, pad, crop"),
+        ({"backbone": "resnet50"}, "--backbone is 'resnet50': pass one of ResNet50, ResNet101, EfficientNetV2B0"),
         ({"batch_size": 0}, "--batch_size is 0: pass a number of at least 1"),
         ({"learning_rate": 0.0}, "--learning_rate is 0.0: pass a number above 0"),
         ({"learning_rate": math.nan}, "--learning_rate is nan: pass a finite number"),
@@ -55,6 +57,10 @@ def test_every_default_is_allowed():
         ({"export_formats": "coreml"}, "--export_formats=coreml names 'coreml'"),
         ({"export_formats": ""}, "--export_formats= names ''"),
         ({"export_formats": "tflite,"}, "--export_formats=tflite, names ''"),
+        (
+            {"export_formats": "tflite,onnx", "backbone": "ConvNeXtTiny"},
+            "with --backbone=ConvNeXtTiny: tf2onnx converts",
+        ),
         ({"export_formats": "tflite onnx"}, "names 'tflite onnx'"),
     ],
 )
@@ -67,6 +73,15 @@ def test_a_value_that_cannot_work_is_refused(changed, message):
 def test_profile_range_is_the_first_and_last_step():
     assert Config(profile_steps="10,20").profile_range() == (10, 20)
     assert Config().profile_range() is None
+
+
+def test_a_run_from_before_a_flag_is_a_run_with_its_default():
+    before = {name: value for name, value in Config().as_dict().items() if name not in ("resize", "backbone")}
+    assert config.changes(before, Config().as_dict()) == []
+    assert config.changes(before, Config(resize="pad", backbone="ConvNeXtTiny").as_dict()) == [
+        "resize: stretch -> pad",
+        "backbone: ResNet50 -> ConvNeXtTiny",
+    ]
 
 
 def test_changes_lists_what_makes_another_run():

@@ -6,7 +6,7 @@ choices, whether a resumed run may change it, and whether workers may differ in 
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
@@ -21,6 +21,10 @@ EXPORT_PACKAGES: dict[str, tuple[str, ...]] = {
     "saved_model": (),
     "tflite": ("ai_edge_litert",),
     "onnx": ("tf2onnx", "onnx", "onnxruntime"),
+}
+# Formats to which a backbone cannot be converted, with the reason.
+NOT_CONVERTED = {
+    ("ConvNeXtTiny", "onnx"): "tf2onnx converts neither its grouped convolutions nor its GELU (operation Erfc)",
 }
 
 
@@ -97,7 +101,14 @@ class Config:
         224,
         "Height and width in pixels of the network's input, 32 or more.",
         at_least=32,
-        reason="ResNet50 reduces its input 32 times",
+        reason="each backbone reduces its input 32 times",
+        in_readme=True,
+    )
+    resize: str = _flag(
+        "stretch",
+        "How an image becomes a square. stretch: without keeping the aspect ratio; pad: all of the image, with margins; "
+        "crop: its central square. The same in training, export and serving.",
+        choices=("stretch", "pad", "crop"),
         in_readme=True,
     )
     seed: int = _flag(
@@ -150,15 +161,23 @@ class Config:
         choices=("auto", "on", "off"),
     )
     # network
-    weights: str = _flag(
-        "imagenet",
-        "imagenet (downloaded by Keras), none (random), or the path of a weights file of ResNet50 or of an earlier run.",
+    backbone: str = _flag(
+        "ResNet50",
+        "The network below the head, of keras.applications. Smaller and faster than ResNet50: MobileNetV3Large, "
+        "EfficientNetV2B0.",
+        choices=("ResNet50", "ResNet101", "EfficientNetV2B0", "ConvNeXtTiny", "MobileNetV3Large"),
         in_readme=True,
     )
-    head: str = _flag("average", "Layer between ResNet50 and the softmax layer.", choices=("average", "flatten"))
+    weights: str = _flag(
+        "imagenet",
+        "imagenet (downloaded by Keras), none (random), or the path of a weights file of the backbone or of an "
+        "earlier run.",
+        in_readme=True,
+    )
+    head: str = _flag("average", "Layer between the backbone and the softmax layer.", choices=("average", "flatten"))
     preprocessing: str = _flag(
         "imagenet",
-        "imagenet: as Keras' ImageNet weights expect; rescale: multiply by 1/255, as in the article.",
+        "imagenet: as the ImageNet weights of the backbone expect; rescale: multiply by 1/255, as in the article.",
         choices=("imagenet", "rescale"),
     )
     batch_norm: str = _flag(
@@ -364,6 +383,12 @@ class Config:
                     f"--export_formats={self.export_formats} names {name!r}: pass one or more of "
                     f"{', '.join(EXPORT_PACKAGES)}, separated by commas."
                 )
+            reason = NOT_CONVERTED.get((self.backbone, name))
+            if reason:
+                raise UserError(
+                    f"--export_formats={self.export_formats} with --backbone={self.backbone}: {reason}: leave {name} out, "
+                    "or pass another backbone."
+                )
         self.profile_range()
 
     @property
@@ -456,6 +481,11 @@ def augment_name(value: str | bool) -> str:
     return AUGMENT_SWITCH.get(str(value).lower(), str(value))
 
 
+def recorded(flags: Mapping[str, Any], name: str) -> Any:
+    """The flag `name` among the flags in a config.json. A run from before the flag existed did what its default does."""
+    return flags.get(name, DEFAULTS[name])
+
+
 def changes(before: dict, now: dict) -> list[str]:
     """Fields of two Config.as_dict() that differ and make it another run, each as `name: before -> now`.
 
@@ -463,7 +493,7 @@ def changes(before: dict, now: dict) -> list[str]:
     """
     before = _with_augment_names(before)
     return [
-        f"{name}: {before.get(name)} -> {now[name]}"
+        f"{name}: {recorded(before, name)} -> {now[name]}"
         for name in now
-        if name not in MAY_CHANGE_ON_RESUME and before.get(name, DEFAULTS[name]) != now[name]
+        if name not in MAY_CHANGE_ON_RESUME and recorded(before, name) != now[name]
     ]

@@ -23,9 +23,10 @@ from trainer.config import Config
 from trainer.data import input_pipeline, sampler
 from trainer.data.dataset import Folder, Split
 from trainer.data.image_source import ImageSource
+from trainer.data.preprocessing import NetworkInput
 from trainer.errors import UserError
-from trainer.models import gradcam, resnet
-from trainer.models.resnet import Network
+from trainer.models import backbones, gradcam, networks
+from trainer.models.networks import Network
 from trainer.reporting import live, plan
 from trainer.reporting.live import ReportWriter
 from trainer.reporting.tensorboard import TensorBoard
@@ -49,7 +50,7 @@ from trainer.training.trainer import HEAD, WHOLE_NETWORK, Callbacks, Stage, Trai
 class PreparedJob:
     """What a command hands over: everything that is decided before TensorFlow starts.
 
-    `report_metrics` receives each row of the history. `build_network` is models.resnet.build, or a function with the
+    `report_metrics` receives each row of the history. `build_network` is models.networks.build, or a function with the
     same arguments.
     """
 
@@ -63,7 +64,12 @@ class PreparedJob:
     epochs_reason: str  # why --epochs of `settings` has its value
     stop: StopSignal
     report_metrics: Callable[[dict], None]
-    build_network: Callable[..., Network] = resnet.build
+    build_network: Callable[..., Network] = networks.build
+
+    @property
+    def network_input(self) -> NetworkInput:
+        """How images become the input of the network."""
+        return backbones.input_from_flags(self.settings.as_dict())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +114,7 @@ def run(prepared: PreparedJob) -> int:
     machine = devices.start(cluster, require_gpu=settings.require_gpu)
     prepared.stop.listen()
     precision, precision_reason = devices.choose_precision(settings.precision, machine.kind)
-    trains_statistics = resnet.updates_batch_statistics(settings.batch_norm, settings.weights)
+    trains_statistics = networks.updates_batch_statistics(settings.batch_norm, settings.weights)
     xla = devices.use_xla(settings.xla, machine, trains_statistics=bool(settings.epochs) and trains_statistics)
     resolved = {
         "precision": precision,
@@ -161,8 +167,8 @@ def _finished_run(prepared: PreparedJob, paths: JobDir) -> FinishedRun:
         export_formats=settings.export_formats,
         class_names=prepared.folder.class_names,
         validation=prepared.split.validation,
-        image_size=settings.image_size,
-        preprocessing=settings.preprocessing,
+        network_input=prepared.network_input,
+        backbone=settings.backbone,
         head=settings.head,
         with_webp="WebP" in prepared.folder.formats,
         build_network=prepared.build_network,
@@ -182,7 +188,7 @@ def _image_source(prepared: PreparedJob, paths: JobDir) -> ImageSource:
         settings.data_dir,
         folder,
         prepared.split,
-        image_size=settings.image_size,
+        network_input=prepared.network_input,
         cache=cache,
         cache_dir=settings.cache_dir,
         read_parallelism=settings.read_parallelism,
@@ -321,6 +327,7 @@ def _build_network(job: Job) -> Network:
         network = job.prepared.build_network(
             num_classes=len(job.class_names),
             image_size=settings.image_size,
+            backbone=settings.backbone,
             weights=settings.weights,
             head=settings.head,
             precision=job.precision,
@@ -437,7 +444,7 @@ def _stage_inputs(job: Job, network: Network) -> StageInputs:
         class_weights=sampler.class_weights(split.training.labels, len(job.class_names), settings.class_weight),
         batch_size=settings.batch_size,
         seed=settings.seed,
-        preprocessing=settings.preprocessing,
+        network_input=job.prepared.network_input,
         precision=job.precision,
         xla=job.xla,
         is_chief=job.is_chief,
@@ -474,13 +481,13 @@ def _make_stage(job: Job, inputs: StageInputs, name: str, *, flips: bool = True)
             flips=flips,
             profile=profile,
         )
-    fingerprint = resnet.weights_fingerprint(settings.weights)
+    fingerprint = networks.weights_fingerprint(settings.weights)
     return stages.head_stage(
         inputs,
         epochs=settings.head_epochs,
         recipe=recipe,
         feature_dir=settings.cache_dir or job.paths.checkpoints,
-        feature_source=(fingerprint, settings.image_size, settings.preprocessing, settings.head),
+        feature_source=(settings.backbone, fingerprint, job.prepared.network_input, settings.head),
         profile=profile,
     )
 
@@ -507,8 +514,7 @@ def _finish(
         best,
         finished.data_dir,
         run_record.read(finished.paths.root).shown_paths,
-        image_size=finished.image_size,
-        preprocessing=finished.preprocessing,
+        network_input=finished.network_input,
     )
     job.paths.write_heatmaps(trainer.best.epoch, heatmaps)
     job.paths.write_times(trainer.state.times)

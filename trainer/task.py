@@ -76,7 +76,7 @@ def with_environment(settings: Config, environment: Mapping[str, str]) -> Config
 def run(settings: Config, *, build_network: Callable | None = None) -> int:
     """Prepares and runs the job: data, earlier run, TensorFlow, training, export. Returns the exit code.
 
-    `build_network` replaces models.resnet.build; it takes the same arguments.
+    `build_network` replaces models.networks.build; it takes the same arguments.
     """
     this_worker = cluster.resolve(os.environ)
     _check_export_packages(settings.export_formats)
@@ -121,7 +121,7 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
             profile_range=profile_range,
             stop=stop,
             report_metrics=tuner_metrics.make_reporter(os.environ),
-            build_network=build_network or job.resnet.build,
+            build_network=build_network or job.networks.build,
         )
         return job.run(prepared)
 

@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import http.client
+import io
 import json
 import re
 import shutil
@@ -10,8 +11,10 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 from playwright import sync_api
 
 from tests.support import browser
@@ -20,6 +23,7 @@ from tests.support.processes import run_command
 from tests.support.server import Server
 from tests.support.tiny_model import CLASS_NAMES, make_image
 from trainer import serve
+from trainer.reporting import thumbnails
 
 sync_api.expect.set_options(timeout=60_000)  # milliseconds; a slow machine is not an error of the page
 
@@ -60,6 +64,37 @@ def test_the_page_shows_the_label_or_the_error_of_each_image(chromium, server, t
         sync_api.expect(page.locator("#cards > li").first.locator("h2 .label")).to_have_text("blue")
         page.get_by_role("button", name="Clear").click()
         assert page.locator("#cards > li").count() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resize", ["stretch", "pad", "crop"])
+def test_the_page_and_the_report_place_a_heat_map_on_the_same_region(chromium, server, resize):
+    heat = np.zeros([8, 8])
+    heat[4, 5] = 1
+    health = {"status": "ready", "class_names": ["a"], "explains": True, "resize": resize}
+    prediction = {"label": "a", "probability": 1.0, "probabilities": [1.0], "heatmap": heat.tolist()}
+    with browser.opened(chromium, f"http://127.0.0.1:{server.port}/") as page:
+        page.route("**/health", lambda route: route.fulfill(json=health))
+        page.route("**/predict", lambda route: route.fulfill(json={"predictions": [prediction]}))
+        page.reload()
+        sync_api.expect(page.locator("#state")).to_have_text("Ready: 1 class.")
+        file = io.BytesIO()
+        Image.new("RGB", (200, 80), "blue").save(file, "PNG")
+        drop_file(page, "wide.png", file.getvalue())
+        sync_api.expect(page.locator("canvas")).to_have_count(1)
+        shot = Image.open(io.BytesIO(page.locator(".frame").screenshot())).convert("RGB")
+    red, green, _ = np.moveaxis(np.asarray(shot, float), -1, 0)
+    shown = red - green  # only the heat map is red; the image is blue, the page around it gray
+    over_image = thumbnails.over_image(Image.fromarray((255 * heat).astype(np.uint8)), (200, 80), resize)
+    expected = np.asarray(over_image.resize(shot.size), float)
+    assert shown.max() > 100
+    assert center_of(shown) == pytest.approx(center_of(expected), abs=4)
+
+
+def center_of(values: np.ndarray) -> tuple[float, float]:
+    """The row and column of the middle of the high values."""
+    rows, columns = np.nonzero(values > 0.6 * values.max())
+    return rows.mean(), columns.mean()
 
 
 def drop_file(page: sync_api.Page, name: str, contents: bytes) -> None:
@@ -112,7 +147,7 @@ def test_concurrent_requests_are_answered_in_bounded_memory(server):
         peak = max(clients.map(send, range(200)))
     assert peak - before < 100 * 2**20
     health = server.request("GET", "/health")
-    assert health.value == {"status": "ready", "class_names": list(CLASS_NAMES), "explains": True}
+    assert health.value == {"status": "ready", "class_names": list(CLASS_NAMES), "explains": True, "resize": "stretch"}
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from trainer.data import splits
 from trainer.data.dataset import read_folder
 from trainer.data.image_source import ImageSource
 from trainer.data.input_pipeline import ImageCache
+from trainer.data.preprocessing import NetworkInput
 from trainer.errors import UserError
 
 # The job as the command runs it, but two files are spoiled once the folder has been read.
@@ -75,7 +76,7 @@ def source(tmp_path):
         str(tmp_path),
         folder,
         splits.split_by_content(folder.examples, 0.2),
-        image_size=32,
+        network_input=NetworkInput(image_size=32, resize="stretch", preprocessing="caffe"),
         cache=ImageCache(False),
         cache_dir="",
         read_parallelism=0,

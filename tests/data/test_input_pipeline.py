@@ -9,12 +9,12 @@ from tests.support.images import write_images
 from trainer.data import input_pipeline, sampler
 from trainer.data.dataset import read_folder
 from trainer.data.input_pipeline import ArraySource, BatchTransform, FileSource, ImageCache
-from trainer.data.preprocessing import preprocess
+from trainer.data.preprocessing import NetworkInput, preprocess
 from trainer.errors import UserError
 from trainer.runtime.devices import Devices
 
 ONE = Devices(tf.distribute.get_strategy(), "CPU", ("CPU:0",), 1, 1, 0)
-IMAGE_SIZE = 32
+NETWORK_INPUT = NetworkInput(image_size=32, resize="stretch", preprocessing="rescale")
 UNREADABLE = [1, 3, 5]
 
 
@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 
 def file_source(directory, paths, on_unreadable=lambda index: None) -> FileSource:
-    return FileSource(directory=str(directory), paths=paths, image_size=IMAGE_SIZE, on_unreadable=on_unreadable)
+    return FileSource(directory=str(directory), paths=paths, network_input=NETWORK_INPUT, on_unreadable=on_unreadable)
 
 
 def collect(plan, source, labels, **more):
@@ -60,7 +60,7 @@ def test_files_and_decoded_arrays_give_the_same_batches(folder, tmp_path_factory
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("preprocessing", ["imagenet", "rescale"])
+@pytest.mark.parametrize("preprocessing", ["caffe", "torch", "tf", "rescale"])
 def test_compiled_preprocessing_equals_that_of_serving(preprocessing, dtype):
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     table = ArraySource(tf.constant(images), tf.ones(4))

@@ -12,11 +12,16 @@ from tests.support import corpus
 from trainer.data.preprocessing import (
     NUM_AUGMENTATION_DRAWS,
     Augmentation,
+    NetworkInput,
     augment,
     augmentation_draws,
     decode_image,
     preprocess,
 )
+
+
+def input_of(image_size: int) -> NetworkInput:
+    return NetworkInput(image_size=image_size, resize="stretch", preprocessing="caffe")
 
 
 def encoded(pixels: np.ndarray, kind: str, **options) -> bytes:
@@ -35,12 +40,12 @@ def pixels():
 @pytest.mark.parametrize("kind", ["PNG", "BMP"])
 def test_a_lossless_image_of_the_right_size_is_not_changed(pixels, kind):
     square = pixels[:60, :60]
-    np.testing.assert_array_equal(decode_image(tf.constant(encoded(square, kind)), 60), square)
+    np.testing.assert_array_equal(decode_image(tf.constant(encoded(square, kind)), input_of(60)), square)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("PNG", 3), ("JPEG", 8), ("GIF", 40)])
 def test_every_format_is_resized_to_a_square(pixels, kind, tolerance):
-    decoded = decode_image(tf.constant(encoded(pixels, kind)), 48).numpy()
+    decoded = decode_image(tf.constant(encoded(pixels, kind)), input_of(48)).numpy()
     expected = np.asarray(Image.fromarray(pixels).resize((48, 48), Image.Resampling.BILINEAR), int)
     assert decoded.shape == (48, 48, 3)
     assert decoded.dtype == np.uint8
@@ -49,13 +54,18 @@ def test_every_format_is_resized_to_a_square(pixels, kind, tolerance):
 
 def test_text_is_rejected():
     with pytest.raises(tf.errors.InvalidArgumentError):
-        decode_image(tf.constant(b"text"), 32)
+        decode_image(tf.constant(b"text"), input_of(32))
 
 
-def test_imagenet_preprocessing_is_that_of_keras(pixels):
-    ours = preprocess(tf.constant(pixels[None]), "imagenet")
-    theirs = keras.applications.resnet50.preprocess_input(pixels[None].astype(np.float32))
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+@pytest.mark.parametrize("mode", ["caffe", "torch", "tf"])
+def test_imagenet_preprocessing_is_that_of_keras(pixels, mode):
+    theirs = keras.applications.imagenet_utils.preprocess_input(pixels[None].astype(np.float32), mode=mode)
+    np.testing.assert_allclose(preprocess(tf.constant(pixels[None]), mode), theirs, atol=1e-4)
+
+
+def test_an_unknown_preprocessing_is_an_error(pixels):
+    with pytest.raises(ValueError, match="preprocessing is 'imagenet': pass rescale, caffe, torch or tf"):
+        preprocess(tf.constant(pixels[None]), "imagenet")
 
 
 def test_rescaling_is_that_of_the_article(pixels):

@@ -11,6 +11,7 @@ from tests.support.images import write_images
 from trainer.data import input_pipeline, shard_writer, shards
 from trainer.data.dataset import read_folder
 from trainer.data.input_pipeline import FileSource
+from trainer.data.preprocessing import NetworkInput
 from trainer.errors import UserError
 from trainer.storage import files
 
@@ -34,8 +35,16 @@ def test_batches_from_shards_are_those_of_the_folder(folder, tmp_path):
     from_folder, from_shards = (
         input_pipeline.decode_all(source, "", lambda count: None)
         for source in (
-            FileSource(directory=folder, paths=paths, image_size=32, on_unreadable=print),
-            FileSource(directory="", paths=paths, image_size=32, on_unreadable=print, read=read),
+            FileSource(
+                directory=folder, paths=paths, network_input=NetworkInput(32, "stretch", "rescale"), on_unreadable=print
+            ),
+            FileSource(
+                directory="",
+                paths=paths,
+                network_input=NetworkInput(32, "stretch", "rescale"),
+                on_unreadable=print,
+                read=read,
+            ),
         )
     )
     np.testing.assert_array_equal(from_folder.values, from_shards.values)

@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 from tests.support.processes import run_command
 from trainer.artifacts.job_dir import JobDir
 from trainer.errors import UserError
-from trainer.models import resnet
+from trainer.models import networks
 from trainer.serving import classifier
 from trainer.training import checkpoint, feature_cache
 from trainer.training.loop import ModelOutputs
@@ -89,7 +89,7 @@ def test_weights_that_are_not_hdf5_are_rejected(tmp_path, model):
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name} is not a readable HDF5"):
-            resnet.load_weights(model, str(tmp_path / name), flag="--weights")
+            networks.load_weights(model, str(tmp_path / name), flag="--weights")
     assert not (tmp_path / "trace").exists()
 
 
@@ -97,7 +97,7 @@ def test_weights_of_another_shape_are_rejected(tmp_path, model):
     path = str(tmp_path / "a.weights.h5")
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="dense")]).save_weights(path)
     with pytest.raises(UserError, match="does not fit the network"):
-        resnet.load_weights(model, path, flag="--weights")
+        networks.load_weights(model, path, flag="--weights")
 
 
 @pytest.mark.parametrize("kind", ["external link", "virtual dataset"])
@@ -115,7 +115,7 @@ def test_weights_that_refer_to_another_file_are_rejected(kind, tmp_path, model):
             layout[:] = h5py.VirtualSource(other, "secret", (3, 2))
             file.create_virtual_dataset("layers/dense/vars/0", layout)
     with pytest.raises((UserError, KeyError)):  # KeyError of h5py: the target of a link is not accessible
-        resnet.load_weights(model, path, flag="--weights")
+        networks.load_weights(model, path, flag="--weights")
     assert not np.any(model.get_weights()[0] == 7.0)
 
 

@@ -18,11 +18,21 @@ ARCHITECTURE = (DOCS / "architecture.md").read_text()
 # What holds after each change, as a program that runs beside the changed copy of trainer/.
 PROOFS = {
     "backbone": """
-from trainer.models import resnet
-from trainer.reporting import plan
-network = resnet.build(num_classes=2, image_size=32, weights="none", head="average", precision="float32", seed=0)
-assert network.backbone.count_params() == plan.RESNET50_PARAMETERS
-assert network.backbone.get_layer("conv4_block23_out")
+from trainer.config import Config
+from trainer.models import backbones, networks
+assert backbones.input_from_flags(Config(backbone="MobileNetV3Small").as_dict()).preprocessing == "tf"
+network = networks.build(
+    num_classes=2,
+    image_size=63,
+    backbone=Config(backbone="MobileNetV3Small").backbone,
+    weights="none",
+    head="flatten",
+    precision="float32",
+    seed=0,
+)
+added = backbones.BACKBONES["MobileNetV3Small"]
+assert network.backbone.count_params() == added.parameters
+assert network.backbone.output_shape == (None, added.features_per_cell * added.num_cells(63))
 """,
     "augmentation": """
 import numpy as np

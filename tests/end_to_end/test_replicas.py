@@ -127,9 +127,16 @@ def test_a_batch_that_replicas_cannot_share_evenly_keeps_its_size(run_once):
     np.testing.assert_array_equal(one["rows"][:, 2], other["rows"][:, 2])
 
 
+def test_another_backbone_gives_the_numbers_of_one_device(run_once):
+    options = {"network": "MobileNetV3Large", "steps": 2, "optimizer": "sgd"}
+    [one] = run_once(ONE_DEVICE, **options)
+    [other] = run_once(TWO_DEVICES, **options)
+    assert largest_difference(one, other) <= TOLERANCE["float32"]
+
+
 @pytest.mark.parametrize("setup", [TWO_DEVICES, TWO_WORKERS])
 def test_resnet50_gives_the_numbers_of_one_device(run_once, setup):
-    options = {"network": "resnet50", "steps": 4, "optimizer": "sgd"}
+    options = {"network": "ResNet50", "steps": 4, "optimizer": "sgd"}
     [one] = run_once(ONE_DEVICE, **options)
     for other in run_once(setup, **options):
         assert largest_difference(one, other) <= TOLERANCE["float32"]

@@ -6,21 +6,23 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer.data.preprocessing import decode_image, preprocess
-from trainer.models import gradcam, resnet
+from tests.support import corpus
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
+from trainer.models import gradcam, networks
+from trainer.reporting import thumbnails
 
 SIZE, CELLS = 32, 8  # height and width of an image in pixels, and of the convolution's output
 RED, BLUE = (250, 0, 0), (0, 0, 250)
 
 
-def make_network(head: str, precision: str = "float32") -> resnet.Network:
+def make_network(head: str, precision: str = "float32") -> networks.Network:
     """Class 0 is red, class 1 is blue. The convolution has one channel for each."""
     keras.config.set_dtype_policy(precision)
     inputs = keras.Input([SIZE, SIZE, 3])
     x = keras.layers.Conv2D(2, 4, strides=4, use_bias=False, activation="relu", name="convolution")(inputs)
     keras.config.set_dtype_policy("float32")
     pooling = keras.layers.GlobalAveragePooling2D if head == "average" else keras.layers.Flatten
-    network = resnet.with_head(keras.Model(inputs, pooling(dtype="float32", name="features")(x)), 2)
+    network = networks.with_head(keras.Model(inputs, pooling(dtype="float32", name="features")(x)), 2)
     kernel = np.zeros([4, 4, 3, 2], np.float32)
     kernel[:, :, 0, 0] = kernel[:, :, 2, 1] = 1 / 16
     network.backbone.get_layer("convolution").set_weights([kernel])
@@ -82,6 +84,31 @@ def test_a_saved_model_gives_each_image_of_a_batch_its_own_map(tmp_path):
     assert [np.unravel_index(heat.argmax(), heat.shape) for heat in served] == [(0, 0), (6, 6), (2, 5)]
 
 
+@pytest.mark.parametrize("resize", ["stretch", "pad", "crop"])
+@pytest.mark.parametrize(("shape", "patch"), [
+    ((160, 40), (64, 8, 80, 24)), ((40, 160), (8, 80, 24, 96)), ((96, 80), (48, 24, 64, 40)), ((64, 64), (8, 40, 24, 56)),
+])  # fmt: skip
+def test_a_map_over_the_image_is_hot_where_the_evidence_is(resize, shape, patch):
+    image = Image.new("RGB", shape, (5, 5, 5))
+    image.paste(RED, patch)
+    network_input = NetworkInput(image_size=SIZE, resize=resize, preprocessing="rescale")
+    pixels = decode_image(tf.constant(corpus.encode(image, "PNG")), network_input)
+    heat = gradcam.heatmaps(make_network("flatten"), preprocess(pixels[None], "rescale")).numpy()[0]
+    over = np.asarray(thumbnails.over_image(Image.fromarray((255 * heat).astype(np.uint8)), shape, resize), float)
+    assert over.shape == shape[::-1]
+    y, x = np.mgrid[: shape[1], : shape[0]] + 0.5
+    center = (over * x).sum() / over.sum(), (over * y).sum() / over.sum()
+    cell = max(shape) / CELLS  # pixels of the image
+    assert center == pytest.approx(((patch[0] + patch[2]) / 2, (patch[1] + patch[3]) / 2), abs=cell / 2)
+
+
+def test_what_crop_leaves_out_is_cold():
+    heat = Image.new("L", (CELLS, CELLS), 255)
+    over = np.asarray(thumbnails.over_image(heat, (160, 40), "crop"))
+    assert over[:, 60:100].min() == 255
+    assert over[:, :60].max() == over[:, 100:].max() == 0
+
+
 def test_files_that_cannot_be_read_have_no_map(tmp_path):
     network, paths = make_network("average"), [f"{i:02d}.png" for i in range(14)]  # more than one batch
     for i, path in enumerate(paths):
@@ -89,15 +116,16 @@ def test_files_that_cannot_be_read_have_no_map(tmp_path):
         Image.fromarray(pixels).save(tmp_path / path)
     (tmp_path / paths[1]).write_bytes(b"damaged")
     (tmp_path / paths[2]).unlink()
-    maps = gradcam.of_files(network, str(tmp_path), [*paths, paths[0]], image_size=SIZE, preprocessing="rescale")
+    network_input = NetworkInput(image_size=SIZE, resize="stretch", preprocessing="rescale")
+    maps = gradcam.of_files(network, str(tmp_path), [*paths, paths[0]], network_input=network_input)
     assert list(maps) == [paths[0], *paths[3:]]
-    image = decode_image(tf.constant((tmp_path / paths[5]).read_bytes()), SIZE)
+    image = decode_image(tf.constant((tmp_path / paths[5]).read_bytes()), network_input)
     expected = gradcam.heatmaps(network, preprocess(image[None], "rescale")).numpy()[0]
     np.testing.assert_array_equal(maps[paths[5]], np.round(255 * expected).astype(np.uint8))
 
 
 def test_a_backbone_without_a_convolution_is_an_error():
     inputs = keras.Input([6])
-    network = resnet.with_head(keras.Model(inputs, keras.layers.Dense(4)(inputs)), 2)
+    network = networks.with_head(keras.Model(inputs, keras.layers.Dense(4)(inputs)), 2)
     with pytest.raises(ValueError, match="needs \\[B, h, w, k\\]"):
         gradcam.explain(network, np.zeros([1, 6], np.float32))

@@ -57,5 +57,12 @@ def test_a_flattened_head_has_features_of_every_cell():
     assert f"{23_587_712 + 2 * 8193:,} parameters" in text
 
 
+def test_the_plan_counts_the_parameters_of_the_backbone_and_names_the_input():
+    text = describe(backbone="ConvNeXtTiny", head="flatten", image_size=95, resize="pad")
+    assert "3072 features per image" in text  # 2 x 2 cells of 768: it ignores the last 31 pixels
+    assert f"ConvNeXtTiny, flatten head, softmax over 2 classes: {27_820_128 + 2 * 3073:,} parameters" in text
+    assert "95 x 95 pixels; resize: pad; preprocessing: imagenet" in text
+
+
 def test_many_classes_are_shortened():
     assert "'class 29': 8 + 2\n    and 5 more classes" in describe(num_classes=35)

@@ -8,10 +8,12 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer.data.preprocessing import decode_image, preprocess
-from trainer.models import resnet
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
+from trainer.models import networks
 from trainer.serving import classifier as classifiers
 from trainer.serving.saved_model import ParityReference
+
+NETWORK_INPUT = NetworkInput(image_size=32, resize="stretch", preprocessing="caffe")
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +22,11 @@ def reference():
     keras.utils.set_random_seed(0)
     inputs = keras.Input([32, 32, 3])
     features = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 5, activation="relu")(inputs))
-    network = resnet.with_head(keras.Model(inputs, features), 3)
+    network = networks.with_head(keras.Model(inputs, features), 3)
     network.head.layers[-1].kernel.assign(network.head.layers[-1].kernel / 50)  # probabilities other than 0 and 1
     encoded = [_noise_image(size, size + 9, seed=size) for size in (20, 32, 50, 130)]
-    images = tf.stack([decode_image(tf.constant(contents), 32) for contents in encoded])
-    expected = network.model(preprocess(images, "imagenet")).numpy()
+    images = tf.stack([decode_image(tf.constant(contents), NETWORK_INPUT) for contents in encoded])
+    expected = network.model(preprocess(images, "caffe")).numpy()
     assert np.ptp(expected.max(axis=1)) > 0.01  # equal probabilities would hide a permutation of the images
     return ParityReference(network=network, encoded=encoded, images=images, expected=expected)
 

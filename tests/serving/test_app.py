@@ -127,6 +127,7 @@ def test_errors_are_json_with_retry_after_where_a_retry_may_help():
             "status": "ready",
             "class_names": ["cat", "dog"],
             "explains": False,
+            "resize": "stretch",
         }
         first = asyncio.create_task(send(application, "POST", "/predict", body))
         await asyncio.to_thread(is_called.wait, 60)

@@ -11,8 +11,9 @@ from tests.support.images import write_images
 from tests.support.paths import TINY_JOB
 from trainer.artifacts.job_dir import JobDir
 from trainer.data.dataset import read_folder
+from trainer.data.preprocessing import NetworkInput
 from trainer.errors import UserError
-from trainer.models import resnet
+from trainer.models import networks
 from trainer.serving import converters, exporter
 from trainer.serving.exporter import FinishedRun
 
@@ -44,7 +45,7 @@ def test_a_finished_run_adds_formats_that_are_requested_later(tmp_path):
     before = contents_and_time(paths.history), contents_and_time(converters.path(paths.exports, "tflite"))
     assert onnx_path in run("saved_model,tflite,onnx")
     assert sorted(pathlib.Path(paths.exports).iterdir()) == [
-        pathlib.Path(paths.exports, name) for name in ("labels.txt", "model.onnx", "model.tflite")
+        pathlib.Path(paths.exports, name) for name in ("input.json", "labels.txt", "model.onnx", "model.tflite")
     ]
     assert (contents_and_time(paths.history), contents_and_time(converters.path(paths.exports, "tflite"))) == before
     differences = paths.read_metrics()["export_differences"]
@@ -65,11 +66,11 @@ def test_without_a_readable_validation_image_nothing_is_exported(tmp_path):
         export_formats="saved_model",
         class_names=("a", "b"),
         validation=read_folder(str(images)).examples,
-        image_size=32,
-        preprocessing="imagenet",
+        network_input=NetworkInput(image_size=32, resize="stretch", preprocessing="caffe"),
+        backbone="ResNet50",
         head="average",
         with_webp=False,
-        build_network=resnet.build,
+        build_network=networks.build,
     )
     (images / "a" / "a_000.jpg").write_bytes(b"not an image any more")
     (images / "a" / "a_001.jpg").unlink()

@@ -11,16 +11,16 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer.data.preprocessing import preprocess
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 from trainer.models import gradcam
-from trainer.serving import saved_model
+from trainer.serving import classifier, saved_model
 
 CLASS_NAMES = ("a cat", "<b>", "çà")
 
 
-def save(directory, reference, preprocessing="imagenet") -> float:
+def save(directory, reference, preprocessing="caffe") -> float:
     return saved_model.save(
-        str(directory), reference, class_names=CLASS_NAMES, image_size=32, preprocessing=preprocessing
+        str(directory), reference, class_names=CLASS_NAMES, network_input=NetworkInput(32, "stretch", preprocessing)
     )
 
 
@@ -38,6 +38,33 @@ def test_serving_default_equals_the_in_memory_model_for_any_batch_size(reference
     np.testing.assert_allclose(outputs["probabilities"], expected, atol=1e-5)
     assert [name.decode() for name in outputs["label"].numpy()] == [CLASS_NAMES[i] for i in expected.argmax(axis=1)]
     np.testing.assert_allclose(outputs["probability"], expected.max(axis=1), atol=1e-5)
+
+
+def test_the_model_contains_the_size_and_the_way_of_resizing(model):
+    outputs = model.signatures["network_input"]()
+    assert (outputs["image_size"].numpy(), outputs["resize"].numpy()) == (32, b"stretch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resize", ["pad", "crop"])
+def test_every_signature_resizes_as_the_reference(reference, tmp_path, resize):
+    network_input = NetworkInput(32, resize, "caffe")
+    encoded = [png(np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8))
+               for seed, size in enumerate([(20, 160), (160, 20), (37, 40), (1, 90)])]  # fmt: skip
+    images = tf.stack([decode_image(tf.constant(contents), network_input) for contents in encoded])
+    expected = reference.network.model(preprocess(images, "caffe")).numpy()
+    resized = dataclasses.replace(reference, encoded=encoded, images=images, expected=expected)
+    directory = str(tmp_path / "m")
+    assert saved_model.save(directory, resized, class_names=CLASS_NAMES, network_input=network_input) < 1e-5
+    signatures = tf.saved_model.load(directory).signatures
+    for contents, row in zip(encoded, expected, strict=True):
+        pixels = tf.io.decode_png(contents)[None]
+        np.testing.assert_allclose(signatures["serving_pixels"](pixels=pixels)["probabilities"], [row], atol=1e-5)
+    assert classifier.load(directory).resize == resize
+    with pytest.raises(saved_model.ParityError):  # a model that stretches
+        saved_model.save(
+            directory, resized, class_names=CLASS_NAMES, network_input=NetworkInput(32, "stretch", "caffe")
+        )
 
 
 def test_the_model_contains_the_class_names(model):
@@ -63,7 +90,7 @@ def png(pixels: np.ndarray) -> bytes:
 def test_explain_returns_the_same_probabilities_and_heat_maps(reference, model):
     outputs = model.signatures["explain"](bytes=tf.constant(reference.encoded))
     np.testing.assert_allclose(outputs["probabilities"], reference.expected, atol=1e-5)
-    expected = gradcam.explain(reference.network, preprocess(reference.images, "imagenet")).heatmaps
+    expected = gradcam.explain(reference.network, preprocess(reference.images, "caffe")).heatmaps
     assert expected.shape == (4, 28, 28)
     np.testing.assert_allclose(outputs["heatmap"], expected, atol=1e-3)
 
@@ -116,7 +143,7 @@ def test_json_pixels_are_accepted_by_serving_pixels(reference, model):
 def test_a_failed_parity_check_keeps_the_previous_model(reference, tmp_path, skew):
     save(tmp_path / "m", reference)
     before = sorted(os.listdir(tmp_path / "m"))
-    preprocessing = "imagenet"
+    preprocessing = "caffe"
     if skew == "preprocessing":
         preprocessing = "rescale"
     else:

@@ -42,7 +42,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--optimizer", default="sgd")
-    parser.add_argument("--network", default="tiny", help="tiny or resnet50")
+    parser.add_argument("--network", default="tiny", help="tiny, or a name of --backbone")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--steps_per_loop", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=8)
@@ -56,6 +56,7 @@ def run(flags: argparse.Namespace, machine) -> None:
     import numpy as np
 
     from trainer.data import input_pipeline
+    from trainer.data.preprocessing import NetworkInput
 
     with machine.strategy.scope():
         network = make_network(flags.network, flags.precision, trains_statistics=not flags.frozen)
@@ -93,7 +94,8 @@ def run(flags: argparse.Namespace, machine) -> None:
     def make_batches(plan: sampler.EpochPlan, examples: Examples, epoch: int | None):
         seed = None if epoch is None else (SEED, epoch)
         transform = input_pipeline.BatchTransform("rescale", seed, network.backbone.compute_dtype)
-        source = input_pipeline.FileSource(flags.folder, examples.paths, image_size=32, on_unreadable=print)
+        network_input = NetworkInput(image_size=32, resize="stretch", preprocessing=transform.preprocessing)
+        source = input_pipeline.FileSource(flags.folder, examples.paths, network_input, on_unreadable=print)
         return input_pipeline.batches(plan, source, examples.labels, transform=transform, devices=machine)
 
     rows = []
@@ -128,15 +130,16 @@ def run(flags: argparse.Namespace, machine) -> None:
 
 
 def make_network(name: str, precision: str, *, trains_statistics: bool):
-    """A small network with batch normalization, or ResNet50 with frozen statistics."""
+    """A small network with batch normalization, or a backbone with frozen statistics."""
     import keras
 
-    from trainer.models import resnet
+    from trainer.models import networks
 
-    if name == "resnet50":
-        return resnet.build(
+    if name != "tiny":
+        return networks.build(
             num_classes=3,
             image_size=32,
+            backbone=name,
             weights="none",
             head="average",
             precision=precision,
@@ -151,7 +154,7 @@ def make_network(name: str, precision: str, *, trains_statistics: bool):
     x = keras.layers.Conv2D(16, 3, activation="relu")(x)
     x = keras.layers.GlobalAveragePooling2D(dtype="float32")(x)
     keras.config.set_dtype_policy("float32")
-    return resnet.with_head(keras.Model(inputs, x), 3)
+    return networks.with_head(keras.Model(inputs, x), 3)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from trainer import cli, config, recipes, task
 from trainer.config import Config
 
 
-def build(*, num_classes, image_size, weights, head, precision, seed, batch_norm="auto"):
-    """Builds a small network. The arguments are those of models.resnet.build; `weights` and `head` are ignored."""
+def build(*, num_classes, image_size, backbone, weights, head, precision, seed, batch_norm="auto"):
+    """Builds a small network with the arguments of models.networks.build; ignores `backbone`, `weights` and `head`."""
     import keras
 
-    from trainer.models import resnet
+    from trainer.models import networks
 
     keras.utils.set_random_seed(seed)
     keras.config.set_dtype_policy(precision)
@@ -23,7 +23,7 @@ def build(*, num_classes, image_size, weights, head, precision, seed, batch_norm
     norm.trainable = batch_norm != "frozen"
     x = keras.layers.GlobalAveragePooling2D(dtype="float32", name="features")(keras.layers.ReLU()(norm(x)))
     keras.config.set_dtype_policy("float32")
-    return resnet.with_head(keras.Model(inputs, x), num_classes)
+    return networks.with_head(keras.Model(inputs, x), num_classes)
 
 
 def main(arguments: list[str]) -> int:

@@ -9,11 +9,12 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from trainer.data.preprocessing import decode_image, preprocess
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 
 CLASS_NAMES = ("<b>red & hot</b>", "grün", "blue")
 COLORS = ((220, 20, 20), (20, 220, 20), (20, 20, 220))
 IMAGE_SIZE = 32
+NETWORK_INPUT = NetworkInput(image_size=IMAGE_SIZE, resize="stretch", preprocessing="rescale")
 
 
 def make_image(index: int, *, height: int = 90, width: int = 120, kind: str = "JPEG", seed: int = 0) -> bytes:
@@ -29,24 +30,23 @@ def save(directory: pathlib.Path) -> pathlib.Path:
     import keras
     import tensorflow as tf
 
-    from trainer.models import resnet
+    from trainer.models import networks
     from trainer.serving import saved_model
     from trainer.serving.saved_model import ParityReference
 
     inputs = keras.Input([IMAGE_SIZE, IMAGE_SIZE, 3])
     convolution = keras.layers.Conv2D(3, 4, strides=4, use_bias=False, activation="relu")
     features = keras.layers.GlobalAveragePooling2D()(convolution(inputs))
-    network = resnet.with_head(keras.Model(inputs, features), len(CLASS_NAMES))
+    network = networks.with_head(keras.Model(inputs, features), len(CLASS_NAMES))
     convolution.set_weights([np.eye(3, dtype=np.float32)[None, None] * np.ones([4, 4, 1, 1], np.float32) / 16])
     network.head.layers[-1].set_weights([np.eye(3, dtype=np.float32) * 5, np.zeros(3, np.float32)])
     encoded = [make_image(i, seed=i) for i in range(3)]
-    images = tf.stack([decode_image(tf.constant(contents), IMAGE_SIZE) for contents in encoded])
-    expected = network.model(preprocess(images, "rescale")).numpy()
+    images = tf.stack([decode_image(tf.constant(contents), NETWORK_INPUT) for contents in encoded])
+    expected = network.model(preprocess(images, NETWORK_INPUT.preprocessing)).numpy()
     saved_model.save(
         str(directory),
         ParityReference(network=network, encoded=encoded, images=images, expected=expected),
         class_names=CLASS_NAMES,
-        image_size=IMAGE_SIZE,
-        preprocessing="rescale",
+        network_input=NETWORK_INPUT,
     )
     return directory

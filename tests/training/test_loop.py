@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from trainer.data import input_pipeline, sampler
 from trainer.errors import UserError
-from trainer.models import resnet
-from trainer.models.resnet import Network
+from trainer.models import networks
+from trainer.models.networks import Network
 from trainer.runtime.devices import Devices
 from trainer.training.loop import (
     EpochTotals,
@@ -40,7 +40,7 @@ def make_loop(
 ) -> tuple[Network, TrainingLoop]:
     keras.utils.set_random_seed(1)
     inputs = keras.Input([6])
-    network = resnet.with_head(keras.Model(inputs, keras.layers.Dense(16, "tanh")(inputs)), 3)
+    network = networks.with_head(keras.Model(inputs, keras.layers.Dense(16, "tanh")(inputs)), 3)
     steps = sampler.steps_per_epoch(50, batch_size)
     loop = TrainingLoop(
         network.backbone,
@@ -137,7 +137,7 @@ def test_training_changes_batch_statistics_unless_they_are_frozen(trainable):
     inputs = keras.Input([6])
     norm = keras.layers.BatchNormalization(momentum=0.5)
     norm.trainable = trainable
-    network = resnet.with_head(keras.Model(inputs, keras.layers.Dense(4)(norm(inputs))), 3)
+    network = networks.with_head(keras.Model(inputs, keras.layers.Dense(4)(norm(inputs))), 3)
     optimizer = make_optimizer(SGD, epochs=1, steps_per_epoch=7, loss_scaling=False)
     loop = TrainingLoop(network.backbone, network.head, optimizer, devices=ONE_CPU, batch_size=8, seed=0)
     before = [weight.numpy() for weight in norm.weights]

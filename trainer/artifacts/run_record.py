@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer import config
 from trainer.artifacts.job_dir import JobDir
 from trainer.artifacts.metrics import (
     ClassificationMetrics,
@@ -47,6 +48,16 @@ class RunRecord:
     def flags(self) -> dict[str, Any]:
         """Every flag of the run."""
         return self.config["flags"]
+
+    @functools.cached_property
+    def resize(self) -> str:
+        """How images become squares: stretch, pad or crop."""
+        return config.recorded(self.flags, "resize")
+
+    @functools.cached_property
+    def backbone(self) -> str:
+        """The name of the network below the head."""
+        return config.recorded(self.flags, "backbone")
 
     @functools.cached_property
     def training_rows(self) -> list[dict[str, str]]:

@@ -12,12 +12,13 @@ from trainer import config
 from trainer.benchmarks.suite import Baseline, Metrics, Suite, one_device
 from trainer.data import input_pipeline, sampler, shards
 from trainer.data.dataset import read_folder
-from trainer.data.preprocessing import decode_image
+from trainer.data.preprocessing import NetworkInput, decode_image
 from trainer.errors import UserError
 from trainer.runtime.devices import Devices
 from trainer.storage import files
 
 BASELINES = ("local disk", "one by one", "folder", "shards", "cache")
+PREPROCESSING = "rescale"
 
 
 def bucket_suite(local_dir: str, folder_url: str, packed_url: str, *, image_size: int) -> Suite:
@@ -46,6 +47,7 @@ def measure(
     memory. Raises UserError if `packed_url` holds no shards, OSError if an image cannot be read.
     """
     paths = read_folder(local_dir).examples.paths
+    network_input = NetworkInput(image_size, "stretch", PREPROCESSING)
     pack = read_folder(packed_url).pack
     if not pack:
         raise UserError(f"{packed_url} contains no shards: run trainer.pack with this --output_dir first.")
@@ -56,7 +58,7 @@ def measure(
         return input_pipeline.FileSource(
             directory=directory,
             paths=paths,
-            image_size=image_size,
+            network_input=network_input,
             on_unreadable=lambda index: None,
             read=read,
             parallelism=parallelism,
@@ -66,12 +68,12 @@ def measure(
         return shards.read(folder_url, path) or b""
 
     # Decoding one image first keeps the initialization of TensorFlow out of the measurements.
-    decode_image(tf.io.read_file(os.path.join(local_dir, paths[0])), image_size)
+    decode_image(tf.io.read_file(os.path.join(local_dir, paths[0])), network_input)
     folder = make_source(folder_url, read_from_bucket, config.REMOTE_READ_PARALLELISM)
     decoded = input_pipeline.decode_all(folder, "", lambda count: None)
     rates = {
         "local disk": _pipeline_rate(make_source(local_dir), len(paths), devices),
-        "one by one": _sequential_rate(folder_url, paths[:one_by_one], image_size),
+        "one by one": _sequential_rate(folder_url, paths[:one_by_one], network_input),
         "folder": _pipeline_rate(folder, len(paths), devices),
     }
     started = time.monotonic()
@@ -93,7 +95,7 @@ def _pipeline_rate(
     The first batch mostly waits while TensorFlow prepares the graph, once per epoch.
     """
     plan = sampler.ordered_epoch(num_images, batch_size=32, replicas=1)
-    transform = input_pipeline.BatchTransform(preprocessing="rescale", augmentation=None, dtype="float32")
+    transform = input_pipeline.BatchTransform(preprocessing=PREPROCESSING, augmentation=None, dtype="float32")
     labels = np.zeros(num_images, np.int32)
     images_read, images_in_first_batch, started = 0, 0, 0.0
     for batch in input_pipeline.batches(plan, source, labels, transform=transform, devices=devices):
@@ -105,8 +107,8 @@ def _pipeline_rate(
     return (images_read - images_in_first_batch) / (time.monotonic() - started + extra_seconds)
 
 
-def _sequential_rate(folder_url: str, paths: np.ndarray, image_size: int) -> float:
+def _sequential_rate(folder_url: str, paths: np.ndarray, network_input: NetworkInput) -> float:
     started = time.monotonic()
     for path in paths:
-        decode_image(tf.io.read_file(files.join(folder_url, path)), image_size)
+        decode_image(tf.io.read_file(files.join(folder_url, path)), network_input)
     return len(paths) / (time.monotonic() - started)

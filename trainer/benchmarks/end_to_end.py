@@ -25,6 +25,7 @@ import tensorflow as tf
 from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device
 from trainer.data import input_pipeline, listing, sampler, splits
 from trainer.data.dataset import read_folder
+from trainer.data.preprocessing import NetworkInput
 
 ARTICLE_ACCURACY = 0.9649  # validation accuracy of the article
 TASK = (sys.executable, "-m", "trainer.task")
@@ -292,10 +293,13 @@ def read_folder_once(folder: str, image_size: str) -> None:
         replicas=1,
         class_weights=np.ones(training.labels.max() + 1, np.float32),
     )
+    transform = input_pipeline.BatchTransform(preprocessing="caffe", augmentation=None, dtype="float32")
     source = input_pipeline.FileSource(
-        directory=folder, paths=training.paths, image_size=int(image_size), on_unreadable=lambda index: None
+        directory=folder,
+        paths=training.paths,
+        network_input=NetworkInput(int(image_size), "stretch", transform.preprocessing),
+        on_unreadable=lambda index: None,
     )
-    transform = input_pipeline.BatchTransform(preprocessing="imagenet", augmentation=None, dtype="float32")
     batches = input_pipeline.batches(plan, source, training.labels, transform=transform, devices=one_device())
     next(iter(batches))
     metrics = {

@@ -16,7 +16,7 @@ from PIL import Image
 
 from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device, rates, read_usage
 from trainer.data import input_pipeline, sampler
-from trainer.data.preprocessing import preprocess
+from trainer.data.preprocessing import NetworkInput, preprocess
 
 BATCH_SIZE = 32
 DISTINCT_LARGE_IMAGES = 24
@@ -113,9 +113,13 @@ def _one_epoch(prepare: Callable[[], Pipeline], num_images: int) -> Callable[[],
 def _trainer_pipeline(directory: str, paths: np.ndarray, image_size: int) -> Pipeline:
     plan = sampler.ordered_epoch(len(paths), batch_size=BATCH_SIZE, replicas=1)
     labels = np.zeros(len(paths), np.int32)
-    transform = input_pipeline.BatchTransform(preprocessing="imagenet", augmentation=None, dtype="float32")
+    transform = input_pipeline.BatchTransform(preprocessing="caffe", augmentation=None, dtype="float32")
     source = input_pipeline.FileSource(
-        directory=directory, paths=paths, image_size=image_size, on_unreadable=lambda index: None, is_jpeg=True
+        directory=directory,
+        paths=paths,
+        network_input=NetworkInput(image_size, "stretch", transform.preprocessing),
+        on_unreadable=lambda index: None,
+        is_jpeg=True,
     )
 
     def pipeline() -> Iterator[np.ndarray]:
@@ -147,6 +151,6 @@ def _plain_decode(directory: str, paths: np.ndarray, image_size: int) -> Pipelin
 
     dataset = tf.data.Dataset.from_tensor_slices([os.path.join(directory, path) for path in paths])
     dataset = dataset.map(read, tf.data.AUTOTUNE).batch(BATCH_SIZE)
-    dataset = dataset.map(lambda images: preprocess(images, "imagenet"), tf.data.AUTOTUNE)
+    dataset = dataset.map(lambda images: preprocess(images, "caffe"), tf.data.AUTOTUNE)
     dataset = dataset.prefetch(tf.data.AUTOTUNE)
     return lambda: dataset

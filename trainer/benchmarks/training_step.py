@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device, rates, read_usage
 from trainer.data import input_pipeline, sampler
-from trainer.models import resnet
+from trainer.data.preprocessing import NetworkInput
+from trainer.models import networks
 from trainer.runtime.devices import Devices
 from trainer.training.loop import TrainingLoop
 from trainer.training.optimizer import Recipe, make_optimizer
@@ -37,8 +38,8 @@ class Workload:
         return self.steps * self.batch_size
 
 
-BuildNetwork = Callable[[str], resnet.Network]  # of a Keras dtype policy
-MakeIterator = Callable[[resnet.Network, Devices], Iterator]  # of batches as input_pipeline.batches makes them
+BuildNetwork = Callable[[str], networks.Network]  # of a Keras dtype policy
+MakeIterator = Callable[[networks.Network, Devices], Iterator]  # of batches as input_pipeline.batches makes them
 
 
 def step_suite(
@@ -48,19 +49,20 @@ def step_suite(
     workload: Workload,
     half_precision: str,
     include_xla: bool,
-    build: Callable[..., resnet.Network] = resnet.build,
+    build: Callable[..., networks.Network] = networks.build,
 ) -> Suite:
     """Training steps of all layers of ResNet50 with Adam and frozen batch statistics.
 
     The batches are in memory, except those of `trainer loop on files`, which come from `paths` below `folder` through
     the input pipeline of a job. `half_precision` is the Keras dtype policy to measure in addition to float32, or ''.
-    `build` has the arguments of models.resnet.build.
+    `build` has the arguments of models.networks.build.
     """
 
-    def build_network(precision: str) -> resnet.Network:
+    def build_network(precision: str) -> networks.Network:
         return build(
             num_classes=2,
             image_size=workload.image_size,
+            backbone="ResNet50",
             weights="none",
             head="average",
             precision=precision,
@@ -164,30 +166,30 @@ def _trainer_steps(
     return measure
 
 
-def _memory_batches(network: resnet.Network, devices: Devices, *, workload: Workload) -> Iterator:
+def _memory_batches(network: networks.Network, devices: Devices, *, workload: Workload) -> Iterator:
     return iter(tf.data.Dataset.from_tensors(_noise_batch(network, workload)).repeat())
 
 
 def _file_batches(
-    network: resnet.Network, devices: Devices, *, folder: str, paths: np.ndarray, workload: Workload
+    network: networks.Network, devices: Devices, *, folder: str, paths: np.ndarray, workload: Workload
 ) -> Iterator:
     repeated = paths[np.arange(MAX_TURNS * workload.num_images) % len(paths)]
+    transform = input_pipeline.BatchTransform(
+        preprocessing="caffe", augmentation=None, dtype=network.backbone.compute_dtype
+    )
     source = input_pipeline.FileSource(
         directory=folder,
         paths=repeated,
-        image_size=workload.image_size,
+        network_input=NetworkInput(workload.image_size, "stretch", transform.preprocessing),
         on_unreadable=lambda index: None,
         is_jpeg=True,
-    )
-    transform = input_pipeline.BatchTransform(
-        preprocessing="imagenet", augmentation=None, dtype=network.backbone.compute_dtype
     )
     plan = sampler.ordered_epoch(len(repeated), batch_size=workload.batch_size, replicas=1)
     labels = np.zeros(len(repeated), np.int32)
     return iter(input_pipeline.batches(plan, source, labels, transform=transform, devices=devices))
 
 
-def _noise_batch(network: resnet.Network, workload: Workload) -> dict[str, tf.Tensor]:
+def _noise_batch(network: networks.Network, workload: Workload) -> dict[str, tf.Tensor]:
     """Noise in the form of a batch of input_pipeline.batches."""
     batch_size = workload.batch_size
     shape = [batch_size, workload.image_size, workload.image_size, 3]

@@ -34,18 +34,22 @@ def rarely_used(function: Callable) -> Callable:
     return tf.function(function, autograph=False, experimental_attributes={"_noinline": True})
 
 
-def decode(contents: tf.Tensor, smallest_side: int, *, with_webp: bool = True) -> Decoded:
+def decode(contents: tf.Tensor, smallest_side: int, *, by_longer_side: bool, with_webp: bool = True) -> Decoded:
     """The pixels and the orientation of a JPEG, PNG, GIF, BMP or WebP; the content decides which.
 
-    Decodes a JPEG at 1/2, 1/4 or 1/8 of its size as long as both sides keep `smallest_side` pixels. With
-    `with_webp=False` the graph has no DecodeWebP, a new operation: older servers do not load a graph that contains it.
+    Decodes a JPEG at 1/2, 1/4 or 1/8 of its size as long as both sides keep `smallest_side` pixels, or, with
+    `by_longer_side`, the longer one does. With `with_webp=False` the graph has no DecodeWebP, a new operation: older
+    servers do not load a graph that contains it.
     """
+
+    def decode_as_jpeg() -> Decoded:
+        return decode_jpeg(contents, smallest_side, by_longer_side=by_longer_side)
 
     def decode_other() -> Decoded:
         pixels, orientation = _other_than_jpeg(contents, with_webp=with_webp)
         return Decoded(pixels, orientation, is_reduced=tf.constant(False))
 
-    return tf.cond(tf.io.is_jpeg(contents), lambda: decode_jpeg(contents, smallest_side), decode_other)
+    return tf.cond(tf.io.is_jpeg(contents), decode_as_jpeg, decode_other)
 
 
 def apply_orientation(square: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
@@ -91,11 +95,12 @@ def _check_size(width: tf.Tensor, height: tf.Tensor) -> tf.Operation:
     return tf.Assert(is_valid, ["the header claims a width and height of", width, height, "pixels: not decoded"])
 
 
-def decode_jpeg(contents: tf.Tensor, smallest_side: int) -> Decoded:
+def decode_jpeg(contents: tf.Tensor, smallest_side: int, *, by_longer_side: bool) -> Decoded:
     """As `decode`, for JPEG only: a smaller graph."""
     height, width = tf.unstack(tf.cast(tf.io.extract_jpeg_shape(contents)[:2], tf.int64))
     ratios = (1, 2, 4, 8)
-    scale = tf.minimum(height, width) // smallest_side
+    decisive_side = tf.maximum(height, width) if by_longer_side else tf.minimum(height, width)
+    scale = decisive_side // smallest_side
     choice = tf.reduce_sum(tf.cast(scale >= tf.constant(ratios[1:], tf.int64), tf.int32))
     choice = tf.where(height * width > formats.MAX_PIXELS, len(ratios), choice)
 

@@ -14,6 +14,7 @@ from trainer.data import file_checks, input_pipeline, shards
 from trainer.data.dataset import Folder, Split
 from trainer.data.input_pipeline import ArraySource, FileSource
 from trainer.data.listing import BadFile
+from trainer.data.preprocessing import NetworkInput
 from trainer.storage import files
 
 
@@ -31,7 +32,7 @@ class ImageSource:
         folder: Folder,
         split: Split,
         *,
-        image_size: int,
+        network_input: NetworkInput,
         cache: input_pipeline.ImageCache,
         cache_dir: str,
         read_parallelism: int,
@@ -44,7 +45,7 @@ class ImageSource:
         self.split_indices = np.split(np.argsort(order), [len(split.training)])
         self.bad_files = {bad.path: bad for bad in folder.bad_files}
         self.failure: OSError | None = None
-        self._data_dir, self._pack, self._image_size = data_dir, folder.pack, image_size
+        self._data_dir, self._pack, self._network_input = data_dir, folder.pack, network_input
         self._cache, self._cache_dir = cache, cache_dir
         self._num_files, self._max_bad_fraction = len(folder.examples) + len(folder.bad_files), max_bad_fraction
         self._is_jpeg = folder.formats == {"JPEG"}
@@ -88,7 +89,7 @@ class ImageSource:
         return FileSource(
             directory="" if self._pack else self._data_dir,
             paths=paths,
-            image_size=self._image_size,
+            network_input=self._network_input,
             on_unreadable=lambda index: self.record_unreadable([paths[index]]),
             read=self.read,
             parallelism=self._parallelism,

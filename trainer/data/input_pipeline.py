@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from trainer.data.preprocessing import (
     Augmentation,
+    NetworkInput,
     augment,
     augmentation_draws,
     decode_image,
@@ -51,7 +52,7 @@ class FileSource:
 
     directory: str  # local or gs://; '' if `read` reads every path
     paths: np.ndarray  # str objects [N]
-    image_size: int  # pixels
+    network_input: NetworkInput  # its preprocessing is not applied here, but by the BatchTransform
     on_unreadable: Callable[[int], None]  # receives the index of each image that cannot be decoded
     # The bytes of a path, b"" if the file does not exist. Called for a bucket if TensorFlow fails to read the path.
     read: Callable[[str], bytes] | None = None
@@ -217,7 +218,7 @@ def _decoder(source: FileSource) -> Callable[[dict], dict]:
     the following ones. A batch is therefore a dataset of its own: it is decoded at once, and image by image only if
     that fails, because creating a dataset takes 0.3 ms, a third of the time to decode a small image.
     """
-    size = source.image_size
+    size = source.network_input.image_size
     decode_one = decode_jpeg_image if source.is_jpeg else decode_image
     if source.is_local:
         with tf.init_scope():
@@ -225,7 +226,7 @@ def _decoder(source: FileSource) -> Callable[[dict], dict]:
 
     def decode(path_or_contents: tf.Tensor) -> tuple[tf.Tensor, float]:
         contents = tf.io.read_file(path_or_contents) if source.is_local else path_or_contents
-        return decode_one(contents, size), 1.0
+        return decode_one(contents, source.network_input), 1.0
 
     def report(index: tf.Tensor) -> tuple[tf.Tensor, float]:
         tf.numpy_function(lambda i: source.on_unreadable(int(i)), [index], [], stateful=True)
@@ -309,7 +310,7 @@ def decode_all(source: FileSource, path: str, on_batch: Callable[[int], None]) -
     `on_batch` receives the number of images in each batch. DLPack shares the array without a copy; tf.constant would
     double its memory.
     """
-    num_examples, size = len(source.paths), source.image_size
+    num_examples, size = len(source.paths), source.network_input.image_size
     shape = (num_examples, size, size, 3)
     rows: np.ndarray
     if path:

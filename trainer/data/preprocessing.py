@@ -1,8 +1,9 @@
 """Turns the bytes of an image into the input of the network, the same for training, evaluation and serving.
 
-Shapes: B images in a batch, S pixels to a side, N examples.
+Shapes: B images in a batch, h x w the pixels of an image, S pixels to a side, N examples.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -10,60 +11,131 @@ import tensorflow as tf
 
 from trainer.data import decoders
 
-# Channel means of ImageNet's training images, blue, green, red. Keras' ResNet50 weights were trained on images minus
-# these means (the "caffe" mode of keras.applications.imagenet_utils.preprocess_input).
+# Of ImageNet's training images, as in keras.applications.imagenet_utils: the means of blue, green and red in 0 to 255
+# ("caffe"); the means and standard deviations of red, green and blue in 0 to 1 ("torch").
 IMAGENET_BGR_MEANS = (103.939, 116.779, 123.68)
+IMAGENET_MEANS, IMAGENET_DEVIATIONS = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+# Of the margins of --resize=pad, RGB: the mean of ImageNet. Preprocessing for ImageNet weights makes it about 0, as are
+# the margins that convolutions add, so it carries no evidence. It is the same for every preprocessing, because callers
+# that resize images themselves must know it.
+PAD_COLOR = (124, 116, 104)
 
 
-def decode_image(contents: tf.Tensor, image_size: int, *, with_webp: bool = True) -> tf.Tensor:
-    """Decodes the bytes of a file to an upright RGB image uint8 [S, S, 3], resized without keeping the aspect ratio.
+@dataclasses.dataclass(frozen=True)
+class NetworkInput:
+    """How the bytes of an image become the input of a network: the same in training, evaluation and serving."""
+
+    image_size: int  # pixels
+    resize: str  # stretch, pad or crop: see `resize`
+    preprocessing: str  # as `preprocess` takes it
+
+
+def decode_image(contents: tf.Tensor, network_input: NetworkInput, *, with_webp: bool = True) -> tf.Tensor:
+    """Decodes the bytes of a file to an upright RGB image uint8 [S, S, 3], resized as `resize` does it.
 
     Supports JPEG, PNG, GIF (first frame), BMP and WebP, detected by content; transparent pixels are composited on white
     (see decoders). A JPEG of twice the size or more is decoded at 1/2, 1/4 or 1/8 of its size, which libjpeg does at a
-    fraction of the cost. An image more than twice as large is resized by area, any other bilinearly.
+    fraction of the cost.
     Raises tf.errors.InvalidArgumentError when it runs on other bytes, or on a header that claims too many pixels.
     """
-    return _resize_decoded(decoders.decode(contents, image_size, with_webp=with_webp), image_size)
+    by_longer_side = network_input.resize == "pad"
+    decoded = decoders.decode(contents, network_input.image_size, by_longer_side=by_longer_side, with_webp=with_webp)
+    return _resize_decoded(decoded, network_input)
 
 
-def decode_jpeg_image(contents: tf.Tensor, image_size: int) -> tf.Tensor:
+def decode_jpeg_image(contents: tf.Tensor, network_input: NetworkInput) -> tf.Tensor:
     """As `decode_image`, for JPEG only: the same image from a smaller graph."""
-    return _resize_decoded(decoders.decode_jpeg(contents, image_size), image_size)
+    by_longer_side = network_input.resize == "pad"
+    decoded = decoders.decode_jpeg(contents, network_input.image_size, by_longer_side=by_longer_side)
+    return _resize_decoded(decoded, network_input)
 
 
-def resize(pixels: tf.Tensor, image_size: int, *, is_reduced: tf.Tensor | bool = False) -> tf.Tensor:
-    """Resizes images uint8 [..., h, w, 3] to squares uint8 [..., S, S, 3] without keeping the aspect ratio.
+def resize(pixels: tf.Tensor, network_input: NetworkInput, *, is_reduced: tf.Tensor | bool = False) -> tf.Tensor:
+    """Resizes images uint8 [..., h, w, 3] to squares uint8 [..., S, S, 3].
 
-    `is_reduced` says that the decoder has already reduced them, so they are resized by area.
+    stretch: the whole image, without keeping the aspect ratio. pad: the whole image, with equal margins of PAD_COLOR on
+    both sides. crop: the square in the middle of the image, of the length of its shorter side. All three commute with
+    rotations and flips. Where the middle falls between two pixels, the margins are rounded by at most half a pixel, and
+    the cropped square is one pixel longer.
+
+    An image more than twice as large is resized by area, any other bilinearly. `is_reduced` says that the decoder has
+    already reduced it, so it is resized by area.
     """
-    is_large = is_reduced | (tf.reduce_min(tf.shape(pixels)[-3:-1]) > 2 * image_size)
-    size = [image_size, image_size]
-    resized = tf.cond(is_large, lambda: _resize_by_area(pixels, size), lambda: tf.image.resize(pixels, size))
+    size = network_input.image_size
+    squares = [*pixels.shape[:-3], size, size, 3]
+    if network_input.resize == "crop":
+        pixels = _crop_to_square(pixels)
+    sides = tf.shape(pixels)[-3:-1]  # h, w
+    if network_input.resize == "pad":
+        margins = _margins(sides, size)
+        resized = _resize(pixels, size - 2 * margins, is_reduced | (tf.reduce_max(sides) > 2 * size))
+        return tf.ensure_shape(_add_margins(resized, margins), squares)
+    return tf.ensure_shape(_resize(pixels, [size, size], is_reduced | (tf.reduce_min(sides) > 2 * size)), squares)
+
+
+def _resize(pixels: tf.Tensor, sides: tf.Tensor | list[int], is_large: tf.Tensor) -> tf.Tensor:
+    resized = tf.cond(is_large, lambda: _resize_by_area(pixels, sides), lambda: tf.image.resize(pixels, sides))
     return tf.cast(tf.round(resized), tf.uint8)  # both methods average, so values stay in 0 to 255
 
 
 @decoders.rarely_used
-def _resize_by_area(pixels: tf.Tensor, size: list[int]) -> tf.Tensor:
-    return tf.image.resize(pixels, size, method="area")  # half the CPU time of antialias=True
+def _resize_by_area(pixels: tf.Tensor, sides: tf.Tensor | list[int]) -> tf.Tensor:
+    return tf.image.resize(pixels, sides, method="area")  # half the CPU time of antialias=True
 
 
-def _resize_decoded(decoded: decoders.Decoded, image_size: int) -> tf.Tensor:
+def _crop_to_square(pixels: tf.Tensor) -> tf.Tensor:
+    """The central square of images [..., h, w, 3]; one side is a pixel longer where an equal one is not in the middle."""
+    sides = tf.shape(pixels)[-3:-1]
+    shorter = tf.reduce_min(sides)
+    kept = shorter + (sides - shorter) % 2
+    top, left = tf.unstack((sides - kept) // 2)
+    return pixels[..., top : top + kept[0], left : left + kept[1], :]
+
+
+def _margins(sides: tf.Tensor, size: int) -> tf.Tensor:
+    """Height of the upper and width of the left margin, int32 [2]; the opposite margin is equal. Some image remains."""
+    sides = tf.cast(sides, tf.int64)
+    longer = tf.reduce_max(sides)
+    rounded = (size * (longer - sides) + longer) // (2 * longer)
+    return tf.cast(tf.minimum(rounded, (size - 1) // 2), tf.int32)
+
+
+def _add_margins(images: tf.Tensor, margins: tf.Tensor) -> tf.Tensor:
+    color = tf.constant(PAD_COLOR, tf.int32)
+    one_side = tf.concat([tf.zeros([images.shape.rank - 3], tf.int32), margins, [0]], axis=0)
+    padded = tf.pad(tf.cast(images, tf.int32) - color, tf.stack([one_side, one_side], axis=1))
+    return tf.cast(padded + color, tf.uint8)
+
+
+def _resize_decoded(decoded: decoders.Decoded, network_input: NetworkInput) -> tf.Tensor:
     image = decoded.pixels
     image.set_shape([None, None, 3])
-    resized = resize(image, image_size, is_reduced=decoded.is_reduced)
-    # Rotating the resized square gives the same image as resizing the rotated one, on fewer pixels.
-    return tf.ensure_shape(decoders.apply_orientation(resized, decoded.orientation), [image_size, image_size, 3])
+    resized = resize(image, network_input, is_reduced=decoded.is_reduced)
+    # Rotating the square gives the same image as resizing the rotated one, on fewer pixels: `resize` is symmetric.
+    upright = decoders.apply_orientation(resized, decoded.orientation)
+    return tf.ensure_shape(upright, [network_input.image_size, network_input.image_size, 3])
 
 
 def preprocess(images: tf.Tensor, preprocessing: str) -> tf.Tensor:
     """The input of the network, float32 [B, S, S, 3], from RGB in 0 to 255 of any numeric dtype and the same shape.
 
-    `imagenet`: blue, green, red, minus the means of ImageNet, as Keras' weights expect. `rescale`: times 1/255.
+    `rescale`: times 1/255. The others are the modes of keras.applications.imagenet_utils.preprocess_input that ImageNet
+    weights were trained on (see models.backbones). `caffe`: blue, green, red, minus the means of ImageNet. `torch`: means 0
+    and deviations 1 over ImageNet. `tf`: -1 to 1.
     """
+    # XLA, which the input pipeline uses, fuses a product and a sum and then rounds once; a sum and a product it does not.
     images = tf.cast(images, tf.float32)
     if preprocessing == "rescale":
         return images * (1 / 255)
-    return tf.reverse(images, [-1]) - tf.constant(IMAGENET_BGR_MEANS)
+    if preprocessing == "caffe":
+        return tf.reverse(images, [-1]) - tf.constant(IMAGENET_BGR_MEANS)
+    if preprocessing == "torch":
+        means, scale = 255 * IMAGENET_MEANS, 1 / (255 * IMAGENET_DEVIATIONS)
+        return (images - tf.constant(means, tf.float32)) * tf.constant(scale, tf.float32)
+    if preprocessing == "tf":
+        return (images - 127.5) * (1 / 127.5)
+    raise ValueError(f"preprocessing is {preprocessing!r}: pass rescale, caffe, torch or tf.")
 
 
 NUM_BASIC_DRAWS = 8

@@ -1,1 +1,1 @@
-"""The network, ResNet50 with a classifier head, its weights, and Grad-CAM."""
+"""The network: a backbone with a classifier head, its weights, and Grad-CAM."""

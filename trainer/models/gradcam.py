@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data import shards
-from trainer.data.preprocessing import decode_image, preprocess
-from trainer.models.resnet import Network
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
+from trainer.models.networks import Network
 
 _BATCH_SIZE = 12
 
@@ -35,8 +35,9 @@ def explain(network: Network, pixels: tf.Tensor) -> Explanation:
         explain(network, preprocess(images, preprocessing))  # images uint8 [B, S, S, 3]
 
     `pixels` is float32 [B, S, S, 3], preprocessed. For many batches, call it in a tf.function; it may also be part of a
-    SavedModel. To overlay a map on its image, resize the map to the height and width of the original image, because the
-    input of the network is the whole image, resized to a square without keeping the aspect ratio.
+    SavedModel. A map covers the square that the network receives. To overlay it on the original image, place the square
+    as `preprocessing.resize` took it: stretched over the whole image (stretch), centered with the length of the longer
+    side (pad) or of the shorter side (crop).
 
     The maximum of each map is 1. A region that supports other classes is 0; a map is all 0 if no region supports the
     predicted class. This is Grad-CAM (Selvaraju et al., 2017, arXiv:1610.02391) without the mean of the gradient over
@@ -62,19 +63,19 @@ def explain(network: Network, pixels: tf.Tensor) -> Explanation:
 
 
 def of_files(
-    network: Network, directory: str, paths: list[str], *, image_size: int, preprocessing: str
+    network: Network, directory: str, paths: list[str], *, network_input: NetworkInput
 ) -> dict[str, np.ndarray]:
     """Heat maps uint8 [h, w] of images in a data directory, by path. Images that cannot be read are left out."""
 
-    @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8)])
+    @tf.function(input_signature=[tf.TensorSpec([None, *network.backbone.input_shape[1:]], tf.uint8)])
     def compute(images: tf.Tensor) -> tf.Tensor:
-        return heatmaps(network, preprocess(images, preprocessing))
+        return heatmaps(network, preprocess(images, network_input.preprocessing))
 
     images = {}
     for path in dict.fromkeys(paths):
         contents = shards.read(directory, path)
         try:
-            images[path] = decode_image(tf.constant(contents or b""), image_size)
+            images[path] = decode_image(tf.constant(contents or b""), network_input)
         except tf.errors.InvalidArgumentError:  # deleted or damaged since the start of the job
             continue
     readable_paths = list(images)

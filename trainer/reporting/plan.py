@@ -7,10 +7,8 @@ from trainer import config
 from trainer.config import Config
 from trainer.data import sampler
 from trainer.data.dataset import Folder, Split
+from trainer.models.backbones import BACKBONES
 
-# Parameters of keras.applications.ResNet50(include_top=False), including 53,120 batch statistics.
-RESNET50_PARAMETERS = 23_587_712
-FEATURES_PER_CELL = 2048
 _MAX_CLASSES = 30  # lines of the plan
 
 
@@ -18,9 +16,11 @@ def describe(settings: Config, folder: Folder, split: Split, resolved: dict[str,
     """The plan as text. `resolved` holds the values that the flags set to `auto` resolved to, as in config.json."""
     training, validation, num_classes = len(split.training), len(split.validation), len(folder.class_names)
     steps = sampler.steps_per_epoch(training, settings.batch_size)
-    cells = 1 if settings.head == "average" else (-(-settings.image_size // 32)) ** 2
-    features = FEATURES_PER_CELL * cells
-    parameters = RESNET50_PARAMETERS + (features + 1) * num_classes
+    backbone = BACKBONES[settings.backbone]
+    features = backbone.features_per_cell * (
+        1 if settings.head == "average" else backbone.num_cells(settings.image_size)
+    )
+    parameters = backbone.parameters + (features + 1) * num_classes
     changed = {name: value for name, value in settings.as_dict().items() if value != config.DEFAULTS[name]}
     lines = [
         "Plan (nothing is written):",
@@ -32,8 +32,10 @@ def describe(settings: Config, folder: Folder, split: Split, resolved: dict[str,
         f"  stage all   {settings.epochs} epochs of {steps} steps over images of {settings.image_size} pixels",
         f"  batch       {settings.batch_size} images over {resolved['replicas']} replicas "
         f"of {resolved['workers']} workers",
-        f"  network     ResNet50, {settings.head} head, softmax over {num_classes} classes: {parameters:,} parameters; "
-        f"weights: {settings.weights}",
+        f"  network     {settings.backbone}, {settings.head} head, softmax over {num_classes} classes: "
+        f"{parameters:,} parameters; weights: {settings.weights}",
+        f"  input       {settings.image_size} x {settings.image_size} pixels; resize: {settings.resize}; "
+        f"preprocessing: {settings.preprocessing}",
         f"  devices     {', '.join(resolved['devices'])}; XLA {'on' if resolved['xla'] else 'off'}",
         f"  precision   {resolved['precision']}: {resolved['precision_reason']}",
         f"  data_dir    {settings.data_dir}",

@@ -37,7 +37,7 @@ def with_images(run: RunRecord, rows: list[dict[str, Any]]) -> list[dict[str, An
                 **row,
                 "image": image,
                 "image_uri": _jpeg_uri(image),
-                "heat_uri": "" if heatmap is None else _heat_uri(heatmap, image.size),
+                "heat_uri": "" if heatmap is None else _heat_uri(heatmap, image.size, run.resize),
             }
         )
     return result
@@ -93,17 +93,38 @@ def _jpeg_uri(image: Any) -> str:
     return html.data_uri(buffer.getvalue(), "jpeg")
 
 
-def _heat_uri(heatmap: np.ndarray, size: tuple[int, int]) -> str:
+def _heat_uri(heatmap: np.ndarray, size: tuple[int, int], resize: str) -> str:
     """A heat map uint8 [h, w] as an overlay in the proportions of `size` (width, height): high values are opaque."""
     from PIL import Image
 
     small = (max(1, size[0] // 3), max(1, size[1] // 3))  # pixels; enough for a smooth overlay, and a page holds many
-    share = np.asarray(Image.fromarray(heatmap).resize(small, Image.Resampling.BICUBIC), np.float32)[..., None] / 255
+    share = np.asarray(over_image(Image.fromarray(heatmap), small, resize), np.float32)[..., None] / 255
     cold, hot = np.array([230, 30, 90], np.float32), np.array([255, 225, 40], np.float32)  # red to yellow
     pixels = np.concatenate([cold + share * (hot - cold), 210 * share**0.8], axis=2).round().astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels, "RGBA").save(buffer, "PNG", optimize=True)
     return html.data_uri(buffer.getvalue(), "png")
+
+
+def over_image(heatmap: Any, size: tuple[int, int], resize: str) -> Any:
+    """A heat map of the network's input (PIL, L) over the image of `size` (width, height) that `resize` made it from.
+
+    The network does not see what `crop` leaves out: 0 there.
+    """
+    from PIL import Image
+
+    (width, height), (columns, rows) = size, heatmap.size
+    if resize == "crop":
+        side = min(size)
+        whole = Image.new("L", size)
+        square = heatmap.resize((side, side), Image.Resampling.BICUBIC)
+        whole.paste(square, ((width - side) // 2, (height - side) // 2))
+        return whole
+    box = (0.0, 0.0, float(columns), float(rows))
+    if resize == "pad":
+        left, top = columns / 2 * (1 - width / max(size)), rows / 2 * (1 - height / max(size))
+        box = (left, top, columns - left, rows - top)
+    return heatmap.resize(size, Image.Resampling.BICUBIC, box=box)
 
 
 def augmented(run: RunRecord) -> list[tuple[str, np.ndarray]]:
@@ -117,17 +138,19 @@ def augmented(run: RunRecord) -> list[tuple[str, np.ndarray]]:
     import tensorflow as tf
 
     from trainer.data.preprocessing import Augmentation, augment, augmentation_draws, decode_image
+    from trainer.models import backbones
 
     num_training = len(run.training_rows)
     indices = np.linspace(0, num_training - 1, min(_NUM_AUGMENTED, num_training)).astype(int)
     augmentation = Augmentation(settings["seed"], 0, run.augment, run.flips)
     draws = augmentation_draws(augmentation, num_training)
+    network_input = backbones.input_from_flags(settings)
     result = []
     for i in indices:
         row = run.training_rows[i]
         contents = shards.read(settings["data_dir"], row["path"])
         try:
-            image = decode_image(tf.constant(contents or b""), settings["image_size"])
+            image = decode_image(tf.constant(contents or b""), network_input)
         except tf.errors.InvalidArgumentError:  # deleted or damaged since the run started
             continue
         augmented_image = augment(image[None], tf.constant(draws[i : i + 1]), strength=run.augment, flips=run.flips)

@@ -144,6 +144,7 @@ class ServingApp:
                 "status": "ready",
                 "class_names": classifier.class_names,
                 "explains": classifier.explain is not None,
+                "resize": classifier.resize,
             }
         )
 

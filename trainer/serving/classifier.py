@@ -6,12 +6,14 @@ Imports TensorFlow only when a model is loaded. Shapes: B images, C classes, H x
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from trainer.artifacts.job_dir import JobDir
 from trainer.artifacts.metrics import top_class
+from trainer.config import DEFAULTS, recorded
 from trainer.data import formats
 from trainer.errors import UserError
 from trainer.storage import files
@@ -22,12 +24,13 @@ class Classifier:
     """Class names and functions of the contents of B image files, which raise if an image cannot be decoded.
 
     `probabilities` returns float32 [B, C]. `explain` returns these and heat maps float32 [B, H, W]; it is None for a
-    model without heat maps.
+    model without heat maps. `resize` says which part of an image a heat map covers (see models.gradcam).
     """
 
     class_names: tuple[str, ...]
     probabilities: Callable[[list[bytes]], np.ndarray]
     explain: Callable[[list[bytes]], tuple[np.ndarray, np.ndarray]] | None = None
+    resize: str = DEFAULTS["resize"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,8 +111,19 @@ def _load_saved_model(model_dir: str) -> Classifier:
         outputs = model.signatures["explain"](bytes=tf.constant(contents))
         return outputs["probabilities"].numpy(), outputs["heatmap"].numpy()
 
-    class_names = tuple(name.decode() for name in names)
-    return Classifier(class_names, probabilities, explain if "explain" in model.signatures else None)
+    return Classifier(
+        class_names=tuple(name.decode() for name in names),
+        probabilities=probabilities,
+        explain=explain if "explain" in model.signatures else None,
+        resize=_resize_of(model.signatures),
+    )
+
+
+def _resize_of(signatures: Mapping[str, Any]) -> str:
+    """A model from before --resize has no signature for it and stretches images."""
+    if "network_input" not in signatures:
+        return DEFAULTS["resize"]
+    return signatures["network_input"]()["resize"].numpy().decode()
 
 
 # Operations with effects outside the graph: Python functions, files by name. No export of this trainer contains one.
@@ -145,34 +159,36 @@ def _load_job_dir(directory: str) -> Classifier:
     import tensorflow as tf
 
     from trainer.data.preprocessing import decode_image, preprocess
-    from trainer.models import gradcam, resnet
+    from trainer.models import backbones, gradcam, networks
 
     paths = JobDir(directory)
     settings = (paths.read_config() or {})["flags"]
     class_names = paths.read_class_names()
     if not files.exists(paths.best_weights):
         raise UserError(f"{paths.best_weights} does not exist yet: wait for the first epoch of the run.")
-    network = resnet.rebuild(
+    network_input = backbones.input_from_flags(settings)
+    network = networks.rebuild(
         paths.best_weights,
         num_classes=len(class_names),
-        image_size=settings["image_size"],
+        image_size=network_input.image_size,
+        backbone=recorded(settings, "backbone"),
         head=settings["head"],
     )
 
     # Without AutoGraph: it evaluates the annotations among the module's globals, where tf is not imported.
     @tf.function(input_signature=[tf.TensorSpec([None, *network.model.input_shape[1:]], tf.uint8)], autograph=False)
     def explain_images(images: tf.Tensor) -> gradcam.Explanation:
-        return gradcam.explain(network, preprocess(images, settings["preprocessing"]))
+        return gradcam.explain(network, preprocess(images, network_input.preprocessing))
 
     def explain(contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        images = [decode_image(tf.constant(one), settings["image_size"]) for one in contents]
+        images = [decode_image(tf.constant(one), network_input) for one in contents]
         explanation = explain_images(tf.stack(images))
         return explanation.probabilities.numpy(), explanation.heatmaps.numpy()
 
     def probabilities(contents: list[bytes]) -> np.ndarray:
         return explain(contents)[0]
 
-    return Classifier(class_names, probabilities, explain)
+    return Classifier(class_names, probabilities, explain, network_input.resize)
 
 
 def _classify_batch(model: Callable, images: list[tuple[str, bytes]]) -> Iterator[Prediction]:

@@ -100,7 +100,7 @@ def _evaluate_and_report_one(model_dir: str, labeled: LabeledFolder, report_dir:
     files.make_directory(paths.root)
     class_names = evaluation.classifier.class_names
     write_class_names(paths.labels, class_names)
-    paths.write_config(_config(model_dir, labeled, report_dir))
+    paths.write_config(_config(model_dir, labeled, report_dir, evaluation.classifier.resize))
     paths.write_bad_files(evaluation.bad_files)
     paths.write_predictions(evaluation.examples, evaluation.probabilities, class_names)
     metrics = {
@@ -122,13 +122,14 @@ def _evaluate_and_report_one(model_dir: str, labeled: LabeledFolder, report_dir:
     )
 
 
-def _config(model_dir: str, labeled: LabeledFolder, report_dir: str) -> dict:
+def _config(model_dir: str, labeled: LabeledFolder, report_dir: str, resize: str) -> dict:
     return {
         "flags": {
             "model_dir": model_dir,
             "data_dir": labeled.data_dir,
             "report_dir": report_dir,
             "max_bad_fraction": labeled.max_bad_fraction,
+            "resize": resize,  # of the model; the heat maps in the report need it
         },
         "defaults": {},
         "resolved": {},

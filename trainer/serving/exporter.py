@@ -14,10 +14,10 @@ from trainer.artifacts import best_weights
 from trainer.artifacts.job_dir import JobDir
 from trainer.data import shards
 from trainer.data.dataset import Examples
-from trainer.data.preprocessing import decode_image, preprocess
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 from trainer.errors import UserError
-from trainer.models import resnet
-from trainer.models.resnet import Network
+from trainer.models import networks
+from trainer.models.networks import Network
 from trainer.serving import converters, saved_model
 from trainer.serving.saved_model import ParityReference
 from trainer.storage import files
@@ -35,11 +35,11 @@ class FinishedRun:
     export_formats: str  # comma-separated
     class_names: tuple[str, ...]
     validation: Examples
-    image_size: int
-    preprocessing: str
+    network_input: NetworkInput
+    backbone: str
     head: str
     with_webp: bool
-    build_network: Callable[..., Network]  # models.resnet.build, or a function with the same arguments
+    build_network: Callable[..., Network]  # models.networks.build, or a function with the same arguments
 
     @property
     def converted_formats(self) -> list[str]:
@@ -54,10 +54,11 @@ class FinishedRun:
 
 def rebuild_best(run: FinishedRun) -> Network:
     """A new float32 network with the best weights."""
-    return resnet.rebuild(
+    return networks.rebuild(
         run.paths.best_weights,
         num_classes=len(run.class_names),
-        image_size=run.image_size,
+        image_size=run.network_input.image_size,
+        backbone=run.backbone,
         head=run.head,
         build_network=run.build_network,
     )
@@ -73,8 +74,7 @@ def export_all(run: FinishedRun, best: Network, is_readable: np.ndarray) -> dict
         run.model_dir,
         reference,
         class_names=run.class_names,
-        image_size=run.image_size,
-        preprocessing=run.preprocessing,
+        network_input=run.network_input,
         with_webp=run.with_webp,
     )
     logging.info("SavedModel: parity check passed, probabilities differ by at most %.1e.", difference)
@@ -96,7 +96,7 @@ def export_missing(run: FinishedRun, metrics: dict) -> dict:
 
 def _parity_reference(run: FinishedRun, best: Network, is_readable: np.ndarray) -> ParityReference:
     encoded, images = _parity_images(run, is_readable)
-    expected = best.model(preprocess(images, run.preprocessing), training=False).numpy()
+    expected = best.model(preprocess(images, run.network_input.preprocessing), training=False).numpy()
     return ParityReference(network=best, encoded=encoded, images=images, expected=expected)
 
 
@@ -108,7 +108,7 @@ def _parity_images(run: FinishedRun, is_readable: np.ndarray) -> tuple[list[byte
     for path in run.validation.paths[chosen]:
         contents = shards.read(run.data_dir, path) or b""
         try:
-            images.append(decode_image(tf.constant(contents), run.image_size))
+            images.append(decode_image(tf.constant(contents), run.network_input))
         except tf.errors.InvalidArgumentError:
             continue
         encoded.append(contents)
@@ -128,8 +128,7 @@ def _convert(run: FinishedRun, reference: ParityReference, formats: list[str]) -
         formats,
         reference,
         class_names=run.class_names,
-        image_size=run.image_size,
-        preprocessing=run.preprocessing,
+        network_input=run.network_input,
     )
     for name, difference in differences.items():
         logging.info("model.%s: parity check passed, probabilities differ by at most %.1e.", name, difference)

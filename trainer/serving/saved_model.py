@@ -5,6 +5,8 @@ Signatures, each for any batch size:
     serving_pixels    pixels uint8 [B, h, w, 3], RGB -> the same outputs
     explain           bytes string [B] -> the same outputs and heatmap float32 [B, H, W] in 0..1 (see models.gradcam)
     class_names       -> class_names string [C], in the order of `probabilities`
+    network_input     -> image_size int32 [], resize string []: the square that images become (see preprocessing.resize),
+                         of which `heatmap` is the map
 
 In JSON an image is {"bytes": {"b64": "..."}}: TensorFlow Serving and Vertex AI decode an object whose only key is b64
 into a string (JsonDecodeBase64Object in tensorflow_serving/util/json_tensor.cc), whatever the name of the input.
@@ -19,9 +21,9 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from trainer.data.preprocessing import decode_image, preprocess, resize
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess, resize
 from trainer.models import gradcam
-from trainer.models.resnet import Network
+from trainer.models.networks import Network
 from trainer.storage import files
 
 # Between two float32 models: TF32 convolutions differ by less.
@@ -50,20 +52,19 @@ class ServingModule(tf.Module):
         network: Network,
         *,
         class_names: tuple[str, ...],
-        image_size: int,
-        preprocessing: str,
+        network_input: NetworkInput,
         with_webp: bool,
     ):
         super().__init__()
         self.weights = [variable.value for variable in network.model.variables]  # tracked, so that they are saved
         self._class_names = tf.constant(class_names)
-        self._image_size = image_size
+        self._network_input = network_input
         self._with_webp = with_webp
 
         # One trace of the network for all signatures; TensorFlow prunes the heat map where it is not an output.
-        @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8)])
+        @tf.function(input_signature=[tf.TensorSpec([None, *network.model.input_shape[1:]], tf.uint8)])
         def explain(images: tf.Tensor) -> gradcam.Explanation:
-            return gradcam.explain(network, preprocess(images, preprocessing))
+            return gradcam.explain(network, preprocess(images, network_input.preprocessing))
 
         self._explain = explain
 
@@ -74,8 +75,8 @@ class ServingModule(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, name="pixels")])
     def classify_pixels(self, pixels: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Signature serving_pixels; resizes to the network's size as in training, without keeping the aspect ratio."""
-        return self._outputs(self._explain(resize(pixels, self._image_size)))
+        """Signature serving_pixels; resizes as in training."""
+        return self._outputs(self._explain(resize(pixels, self._network_input)))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="bytes")])
     def explain(self, contents: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -88,11 +89,19 @@ class ServingModule(tf.Module):
         """Signature class_names."""
         return {"class_names": self._class_names}
 
+    @tf.function(input_signature=[])
+    def network_input(self) -> dict[str, tf.Tensor]:
+        """Signature network_input."""
+        return {
+            "image_size": tf.constant(self._network_input.image_size),
+            "resize": tf.constant(self._network_input.resize),
+        }
+
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
     def _decode(self, contents: tf.Tensor) -> tf.Tensor:
-        size = self._image_size
+        size = self._network_input.image_size
         return tf.map_fn(
-            lambda content: decode_image(content, size, with_webp=self._with_webp),
+            lambda content: decode_image(content, self._network_input, with_webp=self._with_webp),
             contents,
             fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
         )
@@ -111,8 +120,7 @@ def save(
     reference: ParityReference,
     *,
     class_names: tuple[str, ...],
-    image_size: int,
-    preprocessing: str,
+    network_input: NetworkInput,
     with_webp: bool = True,
 ) -> float:
     """Writes the SavedModel of the reference's network; returns the largest difference of a probability.
@@ -123,8 +131,7 @@ def save(
     module = ServingModule(
         reference.network,
         class_names=class_names,
-        image_size=image_size,
-        preprocessing=preprocessing,
+        network_input=network_input,
         with_webp=with_webp,
     )
     signatures = {
@@ -132,6 +139,7 @@ def save(
         "serving_pixels": module.classify_pixels,
         "explain": module.explain,
         "class_names": module.class_names,
+        "network_input": module.network_input,
     }
     with files.atomic_directory(directory) as temporary:
         verbosity = logging.get_verbosity()

@@ -17,8 +17,8 @@ from trainer.data import input_pipeline, sampler
 from trainer.data.dataset import Split
 from trainer.data.image_source import ImageSource
 from trainer.data.input_pipeline import ArraySource, BatchTransform, FileSource
-from trainer.data.preprocessing import Augmentation
-from trainer.models.resnet import Network
+from trainer.data.preprocessing import Augmentation, NetworkInput
+from trainer.models.networks import Network
 from trainer.runtime import agreement
 from trainer.runtime.devices import Devices
 from trainer.training import feature_cache, head_solver
@@ -55,7 +55,7 @@ class StageInputs:
     class_weights: np.ndarray
     batch_size: int  # global
     seed: int
-    preprocessing: str
+    network_input: NetworkInput
     precision: str
     xla: bool
     is_chief: bool
@@ -169,7 +169,7 @@ def whole_network_stage(
         augmentation = None
         if augment != "none" and epoch is not None:
             augmentation = Augmentation(inputs.seed, epoch, augment, flips)
-        return BatchTransform(inputs.preprocessing, augmentation, compute_dtype)
+        return BatchTransform(inputs.network_input.preprocessing, augmentation, compute_dtype)
 
     _decode_if_cached(inputs)
     sources = [inputs.images.source(index) for index in inputs.images.split_indices]
@@ -203,7 +203,7 @@ def flips_keep_labels(inputs: StageInputs, probabilities: np.ndarray) -> bool:
     backbone, head, labels = inputs.network.backbone, inputs.network.head, inputs.split.validation.labels
     _decode_if_cached(inputs)
     source = inputs.images.source(inputs.images.split_indices[1])
-    transform = BatchTransform(inputs.preprocessing, None, backbone.compute_dtype)
+    transform = BatchTransform(inputs.network_input.preprocessing, None, backbone.compute_dtype)
     plan, batches = _validation_batches(inputs, source, transform)()
     infer = make_inference(lambda x: head(backbone(x[:, :, ::-1], training=False), training=False), inputs.devices)
     outputs = run_inference(infer, batches, plan, stop_requested=inputs.stop_requested)
@@ -236,7 +236,7 @@ def _feature_function(inputs: StageInputs, batch_times: list[tuple[float, int]])
     """
     backbone, devices = inputs.network.backbone, inputs.devices
     infer = make_inference(lambda x: backbone(x, training=False), devices)
-    transform = BatchTransform(inputs.preprocessing, None, backbone.compute_dtype)
+    transform = BatchTransform(inputs.network_input.preprocessing, None, backbone.compute_dtype)
     batch_size = INFERENCE_BATCH * devices.replicas
 
     def compute(start: int, end: int) -> ModelOutputs:

@@ -16,7 +16,7 @@ from trainer.artifacts.best_weights import BestEpoch
 from trainer.artifacts.job_dir import JobDir
 from trainer.data.sampler import EpochPlan
 from trainer.errors import UserError
-from trainer.models.resnet import Network
+from trainer.models.networks import Network
 from trainer.training import checkpoint
 from trainer.training.loop import (
     EpochTotals,

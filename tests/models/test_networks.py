@@ -1,17 +1,21 @@
 """The architecture of the network, and the checks of weights files."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 
 from trainer.errors import UserError
-from trainer.models import resnet
-from trainer.reporting import plan
+from trainer.models import backbones, networks
+from trainer.models.backbones import BACKBONES
 
 
 @pytest.fixture(scope="module")
 def network():
-    return resnet.build(num_classes=3, image_size=32, weights="none", head="average", precision="float32", seed=0)
+    return networks.build(
+        num_classes=3, image_size=32, backbone="ResNet50", weights="none", head="average", precision="float32", seed=0
+    )
 
 
 def dense_model(units: int) -> keras.Model:
@@ -19,8 +23,11 @@ def dense_model(units: int) -> keras.Model:
     return keras.Model(inputs, keras.layers.Dense(units, name="answer")(inputs))
 
 
-def test_parameters_and_outputs_are_those_of_the_plan(network):
-    assert network.model.count_params() == plan.RESNET50_PARAMETERS + (plan.FEATURES_PER_CELL + 1) * 3
+def test_parameters_and_outputs_are_those_of_the_table(network):
+    assert (
+        network.model.count_params()
+        == BACKBONES["ResNet50"].parameters + (BACKBONES["ResNet50"].features_per_cell + 1) * 3
+    )
     assert network.model.output_shape == (None, 3)
     probabilities = network.model(np.zeros((2, 32, 32, 3), np.float32)).numpy()
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
@@ -38,9 +45,10 @@ def test_only_pretrained_weights_keep_their_batch_statistics(network, tmp_path):
     network.model.save_weights(path)
 
     def are_trainable(weights: str, batch_norm: str) -> set[bool]:
-        built = resnet.build(
+        built = networks.build(
             num_classes=2,
             image_size=32,
+            backbone="ResNet50",
             weights=weights,
             head="flatten",
             precision="mixed_bfloat16",
@@ -62,7 +70,9 @@ def test_only_pretrained_weights_keep_their_batch_statistics(network, tmp_path):
 def test_weights_of_a_run_with_other_classes_fit_the_backbone(network, tmp_path):
     path = str(tmp_path / "best.weights.h5")
     network.model.save_weights(path)
-    other = resnet.build(num_classes=5, image_size=32, weights=path, head="average", precision="float32", seed=1)
+    other = networks.build(
+        num_classes=5, image_size=32, backbone="ResNet50", weights=path, head="average", precision="float32", seed=1
+    )
     for expected, loaded in zip(network.backbone.weights, other.backbone.weights, strict=True):
         np.testing.assert_array_equal(expected.numpy(), loaded.numpy())
 
@@ -71,31 +81,31 @@ def test_an_error_names_the_layer_that_does_not_fit_with_its_shapes(tmp_path):
     path = str(tmp_path / "two.weights.h5")
     dense_model(2).save_weights(path)
     with pytest.raises(UserError, match="layer 'answer' has shapes 4x3, 3, the file has 4x2, 2"):
-        resnet.load_weights(dense_model(3), path, flag="--weights")
+        networks.load_weights(dense_model(3), path, flag="--weights")
 
 
 def test_weights_of_another_network_are_an_error(tmp_path, network):
     path = str(tmp_path / "dense.weights.h5")
     dense_model(2).save_weights(path)
     with pytest.raises(UserError, match=r"layer 'conv1_conv' .* the file has none"):
-        resnet.load_weights(network.backbone, path, flag="--weights")
+        networks.load_weights(network.backbone, path, flag="--weights")
 
 
 def test_a_file_that_is_not_hdf5_or_does_not_exist_is_an_error(tmp_path):
     text, missing = tmp_path / "text.weights.h5", tmp_path / "missing.weights.h5"
     text.write_text("no weights")
     with pytest.raises(UserError, match="not a readable HDF5"):
-        resnet.load_weights(dense_model(2), str(text), flag="--weights")
+        networks.load_weights(dense_model(2), str(text), flag="--weights")
     with pytest.raises(UserError, match=f"--weights={missing} does not exist: pass imagenet"):
-        resnet.load_weights(dense_model(2), str(missing), flag="--weights")
+        networks.load_weights(dense_model(2), str(missing), flag="--weights")
     with pytest.raises(UserError, match=f"^{missing} does not exist: restore it"):
-        resnet.load_weights(dense_model(2), str(missing))
+        networks.load_weights(dense_model(2), str(missing))
 
 
 def test_the_same_seed_gives_the_same_initial_weights():
     def kernel(seed: int) -> np.ndarray:
         keras.utils.set_random_seed(seed)
-        return resnet.with_head(dense_model(4), 3).head.weights[0].numpy()
+        return networks.with_head(dense_model(4), 3).head.weights[0].numpy()
 
     np.testing.assert_array_equal(kernel(1), kernel(1))
     assert np.abs(kernel(1) - kernel(2)).max() > 0
@@ -105,8 +115,17 @@ def build_with_failing_download(monkeypatch, message: str) -> None:
     def fail(**arguments):
         raise Exception(message)  # the type that Keras raises
 
-    monkeypatch.setattr(keras.applications, "ResNet50", fail)
-    resnet.build(num_classes=2, image_size=32, weights="imagenet", head="average", precision="float32", seed=0)
+    failing = dataclasses.replace(BACKBONES["ResNet50"], create=fail)
+    monkeypatch.setitem(backbones.BACKBONES, "ResNet50", failing)
+    networks.build(
+        num_classes=2,
+        image_size=32,
+        backbone="ResNet50",
+        weights="imagenet",
+        head="average",
+        precision="float32",
+        seed=0,
+    )
 
 
 def test_a_failed_download_names_the_alternatives(monkeypatch):

@@ -1,16 +1,18 @@
-"""ResNet50 with a classification head, and its weights.
+"""The network, a backbone with a classification head, and its weights.
 
 Shapes: B images, S pixels to a side, F features, C classes.
 """
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import h5py
 import keras
 
 from trainer.errors import UserError
+from trainer.models import backbones
 from trainer.storage import files
 
 # The default of Keras, 0.99, needs hundreds of steps to follow the data. A small folder that is trained from random weights
@@ -31,22 +33,31 @@ class Network(NamedTuple):
 
 
 def build(
-    *, num_classes: int, image_size: int, weights: str, head: str, precision: str, seed: int, batch_norm: str = "auto"
+    *,
+    num_classes: int,
+    image_size: int,
+    backbone: str,
+    weights: str,
+    head: str,
+    precision: str,
+    seed: int,
+    batch_norm: str = "auto",
 ) -> Network:
-    """Builds ResNet50 with `weights` (imagenet, none, or the path of a Keras weights file) and a head drawn from `seed`.
+    """Builds a backbone (see backbones.BACKBONES) and a head drawn from `seed`.
 
-    `precision` is a Keras dtype policy; pooling, logits and softmax are always float32. `batch_norm` is `frozen` (keeps
-    the statistics of the weights), `train`, or `auto`: frozen for pretrained weights, trained for random ones.
-    Raises UserError if the weights are not available or do not fit.
+    `weights` is imagenet, none, or the path of a Keras weights file. `precision` is a Keras dtype policy; pooling, logits
+    and softmax are always float32. `batch_norm` is `frozen` (keeps the statistics of the weights), `train`, or `auto`:
+    frozen for pretrained weights, trained for random ones. Raises UserError if the weights are not available or do not
+    fit.
     """
     keras.utils.set_random_seed(seed)
     previous_policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)  # keras.applications has no argument for it
     try:
-        resnet = _resnet50(image_size, weights)
+        base = _with_weights(backbone, image_size, weights)
     finally:
         keras.config.set_dtype_policy(previous_policy)
-    for layer in resnet.layers:
+    for layer in base.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             # Per layer, because the `training` argument of the outer model overrides that of a nested call (keras#20285).
             layer.trainable = updates_batch_statistics(batch_norm, weights)
@@ -54,8 +65,8 @@ def build(
             if weights == "none":
                 layer.momentum = FROM_SCRATCH_MOMENTUM
     pooling = keras.layers.GlobalAveragePooling2D if head == "average" else keras.layers.Flatten
-    features = pooling(dtype="float32", name="features")(resnet.output)
-    return with_head(keras.Model(resnet.input, features, name="backbone"), num_classes)
+    features = pooling(dtype="float32", name="features")(base.output)
+    return with_head(keras.Model(base.input, features, name="backbone"), num_classes)
 
 
 def with_head(backbone: keras.Model, num_classes: int) -> Network:
@@ -69,14 +80,26 @@ def with_head(backbone: keras.Model, num_classes: int) -> Network:
 
 
 def rebuild(
-    weights_path: str, *, num_classes: int, image_size: int, head: str, build_network: Callable[..., Network] = build
+    weights_path: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    backbone: str,
+    head: str,
+    build_network: Callable[..., Network] = build,
 ) -> Network:
     """Rebuilds the float32 network of a run from its best weights, for export, prediction and evaluation.
 
     `build_network` is `build` or a function with the same arguments. Raises UserError if the weights do not fit.
     """
     network = build_network(
-        num_classes=num_classes, image_size=image_size, weights="none", head=head, precision="float32", seed=0
+        num_classes=num_classes,
+        image_size=image_size,
+        backbone=backbone,
+        weights="none",
+        head=head,
+        precision="float32",
+        seed=0,
     )
     load_weights(network.model, weights_path)
     return network
@@ -108,15 +131,12 @@ def load_weights(model: keras.Model, path: str, *, flag: str = "") -> None:
         _load_local_weights(model, local_path, name)
 
 
-def _resnet50(image_size: int, weights: str) -> keras.Model:
-    def make(weights: str | None) -> keras.Model:
-        return keras.applications.ResNet50(weights=weights, include_top=False, input_shape=(image_size, image_size, 3))
-
+def _with_weights(backbone: str, image_size: int, weights: str) -> keras.Model:
     if weights == "none":
-        return make(None)
+        return backbones.create(backbone, image_size=image_size, weights=None)
     if weights == "imagenet":
         try:
-            return make("imagenet")
+            return backbones.create(backbone, image_size=image_size, weights="imagenet")
         except Exception as error:
             if "URL fetch failure" not in str(error):  # Keras raises a plain Exception, which only its text identifies
                 raise
@@ -124,7 +144,7 @@ def _resnet50(image_size: int, weights: str) -> keras.Model:
                 f"--weights=imagenet could not be downloaded ({' '.join(str(error).split())}): pass the path of a "
                 "weights file as --weights=PATH, or --weights=none to start from random weights."
             ) from None
-    model = make(None)
+    model = backbones.create(backbone, image_size=image_size, weights=None)
     load_weights(model, weights, flag="--weights")
     return model
 
@@ -146,7 +166,8 @@ def _load_local_weights(model: keras.Model, local_path: str, name: str) -> None:
 def _first_mismatch(model: keras.Model, weights_file: h5py.File) -> str:
     """Describes the first layer whose shapes differ, '' if there is none.
 
-    Only files of Keras 3 have the name of each layer with its variables. Keras checks the older ones when it loads them.
+    Only files of Keras 3 have the name of each layer with its variables. Keras checks the older ones when it loads them,
+    and layers to which it gave a name with a number, which differs from process to process.
     """
     shapes_in_file: dict[str, list[tuple[int, ...]]] = {}
 
@@ -157,13 +178,29 @@ def _first_mismatch(model: keras.Model, weights_file: h5py.File) -> str:
     weights_file.visititems(collect)
     if not shapes_in_file:
         return ""
-    for layer in model.layers:
+    for layer in _layers(model):
         expected = [tuple(variable.shape) for variable in layer.variables]
+        if layer.name not in shapes_in_file and _has_automatic_name(layer):
+            continue
         actual = shapes_in_file.get(layer.name, [])
         if expected and actual != expected:
             in_file = _format_shapes(actual) if actual else "none"
             return f"layer {layer.name!r} has shapes {_format_shapes(expected)}, the file has {in_file}."
     return ""
+
+
+def _layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """The layers, with those of inner models in their place."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _layers(layer)
+        else:
+            yield layer
+
+
+def _has_automatic_name(layer: keras.layers.Layer) -> bool:
+    """Whether the name is that of the class, as in layer_normalization_2."""
+    return re.sub(r"_\d+$", "", layer.name).replace("_", "") == type(layer).__name__.lower()
 
 
 def _format_shapes(shapes: list[tuple[int, ...]]) -> str:
