@@ -87,7 +87,7 @@ def test_a_run_from_before_a_flag_is_a_run_with_its_default():
 def test_changes_lists_what_makes_another_run():
     before = Config().as_dict()
     now = Config(learning_rate=0.5, epochs=7, checkpoint_secs=9).as_dict()
-    assert config.changes(before, now) == ["learning_rate: 0.001 -> 0.5"]
+    assert config.changes(before, now) == ["learning_rate: 0.0003 -> 0.5"]
 
 
 def test_the_monitored_metric_follows_the_class_weights():

@@ -20,6 +20,7 @@ def feature_source(monkeypatch, **flags) -> tuple:
         split_origin="",
         fingerprint="",
         profile_range=None,
+        epochs_reason="",
         stop=None,
         report_metrics=None,
     )

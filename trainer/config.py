@@ -185,6 +185,14 @@ class Config:
         "Batch-norm statistics in fine-tuning. auto: frozen for pretrained weights, trained for random ones.",
         choices=("auto", "frozen", "train"),
     )
+    # 0.9 is the value of torchvision and of the authors of ResNet, who write it as 1 - 0.1.
+    batch_norm_momentum: float = _flag(
+        0.9,
+        "Momentum of trained batch-norm statistics. Keras' default, 0.99, needs hundreds of steps to follow the images, and "
+        "a small folder has few.",
+        at_least=0,
+        below=1,
+    )
     dropout: float = _flag(0.2, "Fraction of features dropped in training.", at_least=0, at_most=0.95)
     summary: bool = _flag(False, "Print the network layer by layer.", resumable=True)
     # recipe
@@ -223,7 +231,7 @@ class Config:
     )
     head_learning_rate: float = _flag(1e-3, "Peak learning rate of the head's epochs.", above=0)
     learning_rate: float = _flag(
-        1e-3,
+        3e-4,
         "Peak learning rate of fine-tuning. With lamb it is relative: the largest change of a layer in one step, as a "
         "fraction of its weights.",
         above=0,

@@ -333,6 +333,7 @@ def _build_network(job: Job) -> Network:
             precision=job.precision,
             seed=settings.seed,
             batch_norm=settings.batch_norm,
+            batch_norm_momentum=settings.batch_norm_momentum,
         )
     if settings.summary and job.is_chief:
         network.model.summary(line_length=110)

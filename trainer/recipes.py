@@ -32,6 +32,7 @@ ARTICLE: dict[str, Any] = {
     "weights": "imagenet",
     "head": "flatten",
     "batch_norm": "train",
+    "batch_norm_momentum": 0.99,
     "dropout": 0.0,
     "summary": True,
     "optimizer": "adam",

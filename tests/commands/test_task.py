@@ -15,7 +15,7 @@ from PIL import Image
 from tests.support.images import write_images
 from tests.support.paths import WEIGHTS
 from tests.support.processes import run_command
-from trainer import task
+from trainer import config, task
 from trainer.artifacts.job_dir import HISTORY_COLUMNS, JobDir
 from trainer.config import Config
 from trainer.errors import UserError
@@ -70,14 +70,15 @@ def test_a_format_without_its_packages_is_refused_first(monkeypatch, tmp_path):
 def test_a_run_without_a_checkpoint_restarts_with_other_flags(tmp_path):
     """For example one whose weights could not be downloaded: the fix is another value of --weights."""
     paths, settings = JobDir(str(tmp_path)), Config(job_dir=str(tmp_path), weights="w.h5")
-    paths.write_config({"flags": {**settings.as_dict(), "weights": "imagenet"}, "fingerprint": "of other images"})
+    flags = {**settings.as_dict(), "weights": "imagenet"}
+    paths.write_config({"flags": flags, "defaults": config.DEFAULTS, "fingerprint": "of other images"})
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "features-0123456789abcdef-000000000.npz").touch()
-    task._check_same_run(settings, "of these images")
+    task._with_earlier_flags(settings, "of these images")
     for name in ("checkpoints/000001.npz", "checkpoints/000001.npz.damaged", "best.weights.h5", "metrics.json"):
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=r"weights: imagenet -> w\.h5"):
-            task._check_same_run(settings, "of these images")
+            task._with_earlier_flags(settings, "of these images")
         (tmp_path / name).unlink()
 
 

@@ -69,7 +69,7 @@ def test_training_is_a_function_of_weights_and_images_alone(name):
     features = tf.function(lambda x: built(name).backbone(x, training=True))
     np.testing.assert_array_equal(features(images), features(images))
     norms = [layer for layer in built(name).backbone.layers if isinstance(layer, keras.layers.BatchNormalization)]
-    assert all(layer.momentum == networks.FROM_SCRATCH_MOMENTUM and layer.synchronized for layer in norms)
+    assert all(layer.momentum == 0.9 and layer.synchronized for layer in norms)
     assert len(norms) == {"ConvNeXtTiny": 0, "EfficientNetV2B0": 59, "MobileNetV3Large": 46}.get(name, len(norms))
 
 

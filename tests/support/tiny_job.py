@@ -9,7 +9,9 @@ from trainer import cli, config, recipes, task
 from trainer.config import Config
 
 
-def build(*, num_classes, image_size, backbone, weights, head, precision, seed, batch_norm="auto"):
+def build(
+    *, num_classes, image_size, backbone, weights, head, precision, seed, batch_norm="auto", batch_norm_momentum=0.9
+):
     """Builds a small network with the arguments of models.networks.build; ignores `backbone`, `weights` and `head`."""
     import keras
 
@@ -19,7 +21,7 @@ def build(*, num_classes, image_size, backbone, weights, head, precision, seed, 
     keras.config.set_dtype_policy(precision)
     inputs = keras.Input([image_size, image_size, 3])
     x = keras.layers.Conv2D(8, 5, strides=4, use_bias=False, name="convolution")(inputs)
-    norm = keras.layers.BatchNormalization(momentum=0.9, synchronized=True, name="norm")
+    norm = keras.layers.BatchNormalization(momentum=batch_norm_momentum, synchronized=True, name="norm")
     norm.trainable = batch_norm != "frozen"
     x = keras.layers.GlobalAveragePooling2D(dtype="float32", name="features")(keras.layers.ReLU()(norm(x)))
     keras.config.set_dtype_policy("float32")

@@ -15,10 +15,6 @@ from trainer.errors import UserError
 from trainer.models import backbones
 from trainer.storage import files
 
-# The default of Keras, 0.99, needs hundreds of steps to follow the data. A small folder that is trained from random weights
-# has few steps. 0.9 is the value of torchvision and of the authors of ResNet, who write it as 1 - 0.1.
-FROM_SCRATCH_MOMENTUM = 0.9
-
 
 class Network(NamedTuple):
     """Three models that share their layers.
@@ -42,13 +38,14 @@ def build(
     precision: str,
     seed: int,
     batch_norm: str = "auto",
+    batch_norm_momentum: float = 0.9,
 ) -> Network:
     """Builds a backbone (see backbones.BACKBONES) and a head drawn from `seed`.
 
     `weights` is imagenet, none, or the path of a Keras weights file. `precision` is a Keras dtype policy; pooling, logits
     and softmax are always float32. `batch_norm` is `frozen` (keeps the statistics of the weights), `train`, or `auto`:
-    frozen for pretrained weights, trained for random ones. Raises UserError if the weights are not available or do not
-    fit.
+    frozen for pretrained weights, trained for random ones; `batch_norm_momentum` is that of trained statistics. Raises
+    UserError if the weights are not available or do not fit.
     """
     keras.utils.set_random_seed(seed)
     previous_policy = keras.config.dtype_policy()
@@ -62,8 +59,7 @@ def build(
             # Per layer, because the `training` argument of the outer model overrides that of a nested call (keras#20285).
             layer.trainable = updates_batch_statistics(batch_norm, weights)
             layer.synchronized = True  # statistics of the global batch on any number of replicas
-            if weights == "none":
-                layer.momentum = FROM_SCRATCH_MOMENTUM
+            layer.momentum = batch_norm_momentum
     pooling = keras.layers.GlobalAveragePooling2D if head == "average" else keras.layers.Flatten
     features = pooling(dtype="float32", name="features")(base.output)
     return with_head(keras.Model(base.input, features, name="backbone"), num_classes)
