@@ -159,6 +159,22 @@ def test_a_running_job_shows_its_best_epoch(tmp_path):
         assert_is_drawn(job_dir / "report" / name)
 
 
+def test_a_fitted_head_is_one_epoch_that_nothing_was_chosen_for(tmp_path):
+    job_dir = make_job_dir(tmp_path, history=HISTORY[:1], finished=False)
+    config = json.loads((job_dir / "config.json").read_text())
+    config["flags"] |= {"head_epochs": -1, "epochs": 0}
+    (job_dir / "config.json").write_text(json.dumps(config))
+    report.write(str(job_dir), only_page=True)
+    assert "a head fitted by logistic regression" in Page(job_dir).text
+    assert "1 of 1 epochs done" in Page(job_dir).text
+    assert "Neither training nor a choice has used these images" in Page(job_dir).text
+    config["flags"]["epochs"] = 3
+    (job_dir / "config.json").write_text(json.dumps(config))
+    report.write(str(job_dir), only_page=True)
+    assert "a head fitted by logistic regression, then 3 epochs of all layers" in Page(job_dir).text
+    assert "1 of 4 epochs done" in Page(job_dir).text
+
+
 @pytest.mark.slow
 def test_a_finished_run_that_resumes_with_more_epochs_is_in_progress(tmp_path):
     job_dir = make_job_dir(tmp_path)
