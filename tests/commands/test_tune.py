@@ -71,9 +71,11 @@ def check_results(study: tune.StudyDir) -> None:
     rows = rows_of(study.results)
     assert len(rows) == NUM_TRIALS
     assert {row["state"] for row in rows} <= {"COMPLETE", "PRUNED"}
-    best = max((row for row in rows if row["state"] == "COMPLETE"), key=lambda row: float(row["val_accuracy"]))
-    val_accuracy = JobDir(best["job_dir"]).read_metrics()["val_accuracy"]
-    assert val_accuracy == pytest.approx(float(best["val_accuracy"]), rel=1e-5)
+    metrics = {row["job_dir"]: JobDir(row["job_dir"]).read_metrics() for row in rows if row["state"] == "COMPLETE"}
+    # Of equally accurate trials, the one with the lower loss.
+    best_dir = max(metrics, key=lambda name: (metrics[name]["val_accuracy"], -metrics[name]["val_loss"]))
+    best = next(row for row in rows if row["job_dir"] == best_dir)
+    assert metrics[best_dir]["val_accuracy"] == pytest.approx(float(best["val_accuracy"]), rel=1e-5)
     lines = pathlib.Path(study.best_flags).read_text().splitlines()
     best_flags = dict(line.removeprefix("--").split("=") for line in lines)
     assert float(best_flags["learning_rate"]) == pytest.approx(float(best["learning_rate"]))

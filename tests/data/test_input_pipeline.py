@@ -9,7 +9,7 @@ from tests.support.images import write_images
 from trainer.data import input_pipeline, sampler
 from trainer.data.dataset import read_folder
 from trainer.data.input_pipeline import ArraySource, BatchTransform, FileSource, ImageCache
-from trainer.data.preprocessing import NetworkInput, preprocess
+from trainer.data.preprocessing import Augmentation, NetworkInput, preprocess
 from trainer.errors import UserError
 from trainer.runtime.devices import Devices
 
@@ -36,7 +36,7 @@ def file_source(directory, paths, on_unreadable=lambda index: None) -> FileSourc
 
 
 def collect(plan, source, labels, **more):
-    transform = BatchTransform("rescale", (0, 0), "float32")
+    transform = BatchTransform("rescale", Augmentation(0, 0, strength="basic", flips=True), "float32")
     return [
         {name: value.numpy() for name, value in batch.items()}
         for batch in input_pipeline.batches(plan, source, labels, transform=transform, devices=ONE, **more)

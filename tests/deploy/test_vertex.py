@@ -235,7 +235,7 @@ def test_each_user_error_is_one_line_with_exit_code_2(tmp_path):
             "pass `vertex`": run_submit("--dry_run"),
             "--config is not set": run_submit("vertex"),
             "cannot be read": run_submit("vertex", "--config=nowhere.yaml"),
-            "'epoch'": run_submit("vertex", f"--config={wrong_flag}", "--dry_run"),
+            "'recipes'": run_submit("vertex", f"--config={wrong_flag}", "--dry_run"),
             "PROJECT has no value": run_submit("vertex", f"--config={wrong_flag}", f"--settings={empty}"),
             "rejected for the test": run_submit(
                 "vertex", "--config=deploy/vertex/one-gpu.yaml", f"--api_endpoint={url}"

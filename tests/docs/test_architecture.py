@@ -41,7 +41,7 @@ images = np.random.default_rng(0).integers(0, 256, (1, 48, 48, 3), np.uint8)
 draws = np.full((1, preprocessing.NUM_AUGMENTATION_DRAWS), 0.5, np.float32)
 draws[0, 0] = 1.0  # all of the area
 np.testing.assert_allclose(preprocessing.augment(images, draws), images, atol=1e-2)
-draws[0, 8] = 0.4
+draws[0, 12] = 0.4
 np.testing.assert_allclose(preprocessing.augment(images, draws), images[:, ::-1], atol=1e-2)
 """,
     "source": """

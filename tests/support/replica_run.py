@@ -56,7 +56,7 @@ def run(flags: argparse.Namespace, machine) -> None:
     import numpy as np
 
     from trainer.data import input_pipeline
-    from trainer.data.preprocessing import NetworkInput
+    from trainer.data.preprocessing import Augmentation, NetworkInput
 
     with machine.strategy.scope():
         network = make_network(flags.network, flags.precision, trains_statistics=not flags.frozen)
@@ -92,8 +92,8 @@ def run(flags: argparse.Namespace, machine) -> None:
     assert (len(training), len(validation)) == (61, 3)
 
     def make_batches(plan: sampler.EpochPlan, examples: Examples, epoch: int | None):
-        seed = None if epoch is None else (SEED, epoch)
-        transform = input_pipeline.BatchTransform("rescale", seed, network.backbone.compute_dtype)
+        augmentation = None if epoch is None else Augmentation(SEED, epoch, strength="basic", flips=True)
+        transform = input_pipeline.BatchTransform("rescale", augmentation, network.backbone.compute_dtype)
         network_input = NetworkInput(image_size=32, resize="stretch", preprocessing=transform.preprocessing)
         source = input_pipeline.FileSource(flags.folder, examples.paths, network_input, on_unreadable=print)
         return input_pipeline.batches(plan, source, examples.labels, transform=transform, devices=machine)
