@@ -298,6 +298,8 @@ def _train_and_export(job: Job, finished: FinishedRun) -> None:
         writer = ReportWriter(job.settings.job_dir, TensorBoard(job.settings.tensorboard_dir, job.settings.as_dict()))
         for row in trainer.state.history:  # of earlier starts: a tuner that lost them receives them again
             job.prepared.report_metrics(row)
+        if trainer.best.epoch:  # a kill may have come after the weights or the checkpoint, and before these files
+            _write_epoch(job, trainer, is_best=True)
     is_stopped_by_cost = False
     try:
         _train(job, network, trainer, writer)
