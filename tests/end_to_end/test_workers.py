@@ -86,9 +86,8 @@ def test_a_fitted_head_is_that_of_one_process_on_both_workers(images, tmp_path):
     resumable_job.run(images, tmp_path / "one", *flags)
     one, two = (read_rows(JobDir(str(tmp_path / name)).history) for name in ("one", "two"))
     for name in ("loss", "val_loss"):
-        np.testing.assert_allclose(
-            *([float(row[name]) for row in rows] for rows in (one, two)), rtol=1e-4, err_msg=name
-        )
+        values = [[float(row[name]) for row in rows] for rows in (one, two)]
+        np.testing.assert_allclose(values[0], values[1], rtol=1e-4, err_msg=name)
 
 
 def test_a_signal_to_one_worker_stops_both_and_they_resume(finished, images, tmp_path):

@@ -96,7 +96,8 @@ def head_stage(
         training, num_classes = images.split_indices[0], len(inputs.class_weights)
         is_small = head_solver.fits(len(training), outputs.values.shape[1], num_classes)
         epochs = 1 if is_small else EPOCHS_OF_LARGE_FOLDERS
-        fit_head = _head_fit(inputs, ModelOutputs(*(part[training] for part in outputs))) if is_small else None
+        if is_small:
+            fit_head = _head_fit(inputs, ModelOutputs(outputs.values[training], outputs.is_readable[training]))
     return Stage(
         name=HEAD,
         epochs=epochs,
