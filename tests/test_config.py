@@ -43,7 +43,7 @@ def test_every_default_is_allowed():
         ({"dropout": 0.96}, "--dropout is 0.96: pass a number of at least 0 and of at most 0.95"),
         ({"optimizer": "lion"}, "--optimizer is 'lion': pass one of auto, adam, adamw, lamb, sgd"),
         ({"head_epochs": 0, "epochs": 0}, "both 0"),
-        ({"head_epochs": 0, "recipe": "head"}, "nothing would be trained"),
+        ({"head_epochs": 0, "recipe": "head"}, "--recipe=head with --head_epochs=0: nothing would be trained"),
         ({"weights": "none"}, "--weights=none with --head_epochs=-1"),
         ({"warmup_epochs": 20.0, "epochs": 10}, "longer than a stage"),
         ({"head_learning_rate": 0.01}, "--head_learning_rate is 0.01, but the head is fitted without a learning rate"),
@@ -68,6 +68,10 @@ def test_a_value_that_cannot_work_is_refused(changed, message):
     with pytest.raises(UserError) as error:
         Config(**changed)
     assert message in str(error.value)
+
+
+def test_epochs_override_the_recipe_head():
+    assert Config(head_epochs=0, recipe="head", epochs=5).epochs == 5
 
 
 def test_profile_range_is_the_first_and_last_step():

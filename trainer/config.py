@@ -363,9 +363,13 @@ class Config:
         """Checks the bounds of each field, then what only several fields together show."""
         for name, info in FLAG_INFO.items():
             info.check(name, getattr(self, name))
-        if self.head_epochs == 0 and (self.epochs == 0 or self.recipe == "head"):
+        if self.head_epochs == 0 and self.epochs == 0:
             raise UserError(
                 "--head_epochs and --epochs are both 0, so nothing would be trained: set one of them above 0."
+            )
+        if self.head_epochs == 0 and self.epochs == -1 and self.recipe == "head":
+            raise UserError(
+                "--recipe=head with --head_epochs=0: nothing would be trained. Leave one of them out, or pass --epochs=N."
             )
         if self.head_epochs == -1 and self.head_learning_rate != DEFAULTS["head_learning_rate"]:
             raise UserError(
