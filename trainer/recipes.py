@@ -69,7 +69,8 @@ def decide(settings: Config, *, num_training: int, num_gpus: int) -> Decision:
         return Decision(0, "--recipe=head trains the head alone")
     epochs = finetune_epochs(num_training, settings.batch_size)
     if settings.recipe == "finetune":
-        return Decision(epochs, f"--recipe=finetune takes about {FINETUNE_STEPS} steps")
+        bounds = f"at least {MIN_FINETUNE_EPOCHS} and at most {MAX_FINETUNE_EPOCHS} epochs"
+        return Decision(epochs, f"--recipe=finetune takes about {FINETUNE_STEPS} steps, {bounds}")
     if not settings.head_epochs:
         return Decision(epochs, "--head_epochs=0 leaves the whole network to train")
     if not num_gpus:
