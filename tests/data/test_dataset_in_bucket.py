@@ -8,6 +8,7 @@ from tests.support.images import write_images
 from trainer.data import file_checks, input_pipeline, sampler, splits
 from trainer.data.dataset import Folder, read_folder
 from trainer.data.image_source import ImageSource
+from trainer.data.preprocessing import NetworkInput
 from trainer.runtime import cluster, devices
 from trainer.storage import gcs
 
@@ -72,8 +73,13 @@ def test_a_cached_image_is_fetched_once_for_all_passes(tmp_path, bucket_url):
     url = upload(images, f"{bucket_url}/data")
     folder = read_folder(url)
     split = splits.split_by_content(folder.examples, 0.2)
-    options = {"image_size": 32, "cache_dir": "", "read_parallelism": 8, "max_bad_fraction": 0.0}
-    options["cache"] = input_pipeline.ImageCache(True)
+    options = {
+        "network_input": NetworkInput(image_size=32, resize="stretch", preprocessing="rescale"),
+        "cache": input_pipeline.ImageCache(True),
+        "cache_dir": "",
+        "read_parallelism": 8,
+        "max_bad_fraction": 0.0,
+    }
     cached, on_disk = ImageSource(url, folder, split, **options), ImageSource(str(images), folder, split, **options)
     bucket_url.emulator.control(forget=True)
     cached.decode(lambda count: None, worker_index=0)
