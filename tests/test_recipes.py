@@ -17,8 +17,8 @@ def test_auto_trains_the_head_alone_without_a_gpu():
 
 
 def test_auto_fine_tunes_on_a_gpu():
-    epochs, reason = decide(num_gpus=1)
-    assert epochs == recipes.finetune_epochs(1000, 32) == 16  # 500 steps of 32 images
+    epochs, reason = decide(2000, num_gpus=1)
+    assert epochs == recipes.finetune_epochs(2000, 32) == 8  # 500 steps of 32 images
     assert "1 GPU" in reason
 
 

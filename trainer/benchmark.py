@@ -13,8 +13,8 @@
     growth     time and memory for folders of 1,000, 10,000 and 100,000 images
     bucket     images per second from a bucket, in each way that a job reads one (only with --suite=bucket)
 
-Writes benchmark.md, benchmark.json and benchmark.png to --output_dir. Suites that an earlier run with the same machine
-and package versions wrote there are kept. All suites together take hours on two cores.
+Writes benchmark.md, benchmark.json and benchmark.png to --output_dir. What an earlier run with the same machine and
+package versions wrote there is kept, until it is measured again. All suites together take hours on two cores.
 """
 
 import os
@@ -84,10 +84,10 @@ def main(arguments: list[str]) -> None:
             data_dir = os.path.join(directory, "synthetic")
             synthetic.draw(data_dir, images_per_class=max(10, values["pictures"] // 3 or 160))
         folder = end_to_end.link_images(data_dir, os.path.join(directory, "images"), values["pictures"])
-        measured = results.read_earlier(output_dir, exclude=values["suite"])
+        measured = results.read_earlier(output_dir)
         for name in values["suite"]:
             for suite in _suites(name, folder, directory):
-                measured.append(results.measure(suite, values["rounds"]))
+                measured = results.add(measured, results.measure(suite, values["rounds"]))
                 results.write(output_dir, {"machine": results.machine(), "note": values["note"], "suites": measured})
                 print(results.suite_table(measured[-1]), flush=True)
     print(f"Results: {files.join(output_dir, results.MARKDOWN_NAME)}")
@@ -157,6 +157,7 @@ def _recipe_suites(directory: str) -> list[Suite]:
         values.recipe_dirs,
         values.weights,
         os.path.join(directory, "recipes"),
+        history_dir=os.path.join(values.output_dir, "histories"),
         image_size=values.image_size,
         sizes=[0 if size == "all" else int(size) for size in values.recipe_sizes],
         names=values.recipes,

@@ -31,6 +31,9 @@ PLATFORM_VARIABLES = ("CLOUD_ML_PROJECT_ID", "KUBERNETES_SERVICE_HOST")
 TENSORFLOW_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "KERAS_BACKEND": "tensorflow",
+    # TensorFlow uses oneDNN by default only on x86 processors with AVX512-VNNI or AMX. With AVX2 alone (an AMD EPYC, two
+    # cores) a training step of ResNet50, 32 images of 96 pixels, takes 2.46 s with oneDNN and 4.37 s without.
+    "TF_ENABLE_ONEDNN_OPTS": "1",
     # trainer.storage.gcs retries failed reads of a bucket, and counts the retries.
     "GCS_RETRY_CONFIG_MAX_RETRIES": "0",
     # TensorFlow zero-fills a buffer of this many megabytes, 64 by default, for each file that it opens. Measured on

@@ -13,14 +13,14 @@ from trainer.formatting import duration
 # Steps of fine-tuning: those of BiT-HyperRule for small sets (Kolesnikov et al., 2020, arXiv:1912.11370), within bounds
 # for folders so small that they would be seen too often, or so large that they would hardly be seen.
 FINETUNE_STEPS = 500
-MIN_FINETUNE_EPOCHS, MAX_FINETUNE_EPOCHS = 3, 20
+MIN_FINETUNE_EPOCHS, MAX_FINETUNE_EPOCHS = 3, 12
 # `auto` fine-tunes on a GPU if that takes less than AUTO_SECONDS. The rate is an assumption, of images of 224 pixels on one
 # GPU: a tenth of what one A100 is published to train, a quarter of what a V100 does.
 AUTO_SECONDS = 3600
 ASSUMED_IMAGES_PER_SECOND = 250
 # A training step takes as long as the features of its images this many times: 4.3 measured at 224 pixels on two cores with
-# AMX (5.5 against 23.5 images per second in float32), 5 to 6 at 96 pixels on two cores with AVX2.
-STEP_OVER_FEATURES = 5
+# AMX (5.5 against 23.5 images per second in float32), 3.4 at 96 pixels on two cores with AVX2.
+STEP_OVER_FEATURES = 4
 MIN_FINETUNE_IMAGES = 100  # below, nothing was measured, and validation is too small to show a gain
 
 # The article's recipe; deploy/flags/article.flags explains it line by line.

@@ -37,6 +37,7 @@ def suite_of(images, directory, names: list[str], **changed):
         [str(images)],
         "none",
         str(directory),
+        history_dir=str(directory / "histories"),
         image_size=32,
         sizes=[12],
         names=names,
@@ -55,6 +56,7 @@ def test_the_trainer_and_logistic_regression_see_the_same_images(images, tmp_pat
         [str(images)],
         str(weights),
         str(tmp_path),
+        history_dir=str(tmp_path / "histories"),
         image_size=32,
         sizes=[12],
         names=["default"],
@@ -65,6 +67,8 @@ def test_the_trainer_and_logistic_regression_see_the_same_images(images, tmp_pat
     assert measured["title"] == "colors, 12 images per class, 32 pixels"
     [accuracy] = measured["figures"]["trainer --recipe=head"]["test_accuracy"]
     assert accuracy >= 7 / 9
+    [history] = (tmp_path / "histories").rglob("head-0.csv")
+    assert "val_accuracy" in history.read_text()
     measured = results.measure(suite_of(images, tmp_path / "other", ["logistic_regression"]), rounds=1)
     [metrics] = measured["figures"].values()
     assert 0 <= metrics["test_accuracy"][0] <= 1

@@ -59,11 +59,19 @@ def test_the_chart_is_a_png_with_bars(measured):
 
 
 def test_earlier_suites_are_kept_from_the_same_machine_only(measured, tmp_path):
-    assert results.read_earlier(str(tmp_path), exclude=[]) == []
+    assert results.read_earlier(str(tmp_path)) == []
     machine = results.machine()
     other = {**measured, "suite": "other"}
     results.write(str(tmp_path), {"machine": machine, "note": "", "suites": [measured, other]})
-    assert results.read_earlier(str(tmp_path), exclude=["demo"]) == [other]
+    assert results.read_earlier(str(tmp_path)) == [measured, other]
     path = tmp_path / "benchmark.json"
     path.write_text(json.dumps({"machine": {**machine, "cores": 1000}, "suites": [measured]}))
-    assert results.read_earlier(str(tmp_path), exclude=[]) == []
+    assert results.read_earlier(str(tmp_path)) == []
+
+
+def test_a_suite_replaces_the_earlier_one_of_its_title_but_for_other_baselines(measured):
+    other = {**measured, "title": "other"}
+    again = {**measured, "figures": {"g": {"seconds": [7.0]}}}
+    kept, replaced = results.add([measured, other], again)
+    assert kept == other
+    assert replaced["figures"] == {"f": measured["figures"]["f"], "g": {"seconds": [7.0]}}

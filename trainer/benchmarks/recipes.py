@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 
 import keras
@@ -31,6 +32,7 @@ def recipe_suites(
     weights: str,
     directory: str,
     *,
+    history_dir: str,
     image_size: int,
     sizes: list[int],
     names: list[str],
@@ -40,14 +42,14 @@ def recipe_suites(
     """One suite for each folder and size: `sizes` are images per class, 0 for all. Round i draws the images by seed i.
 
     `names` selects from RECIPES. A recipe of Keras is killed after `limit_seconds` and counts with the accuracy of its last
-    complete epoch.
+    complete epoch. The history of each job is kept in `history_dir`.
     """
     suites = []
     for folder, size in itertools.product(folders, sizes):
         title = f"{os.path.basename(folder.rstrip('/'))}, {size or 'all'} images per class, {image_size} pixels"
         work_dir = os.path.join(directory, f"{os.path.basename(folder.rstrip('/'))}-{size}")
         draw = functools.partial(draw_folder, folder, work_dir, size)
-        trainer = functools.partial(_run_trainer, draw, weights, image_size, task)
+        trainer = functools.partial(_run_trainer, draw, weights, image_size, task, os.path.join(history_dir, title))
         other = functools.partial(_run_function, draw, weights, image_size, limit_seconds)
         measures: dict[str, Callable[[int], Metrics]] = {
             "default": functools.partial(trainer, "head"),
@@ -94,7 +96,13 @@ def draw_folder(folder: str, work_dir: str, size: int, seed: int) -> str:
 
 
 def _run_trainer(
-    draw: Callable[[int], str], weights: str, image_size: int, task: tuple[str, ...], recipe: str, seed: int
+    draw: Callable[[int], str],
+    weights: str,
+    image_size: int,
+    task: tuple[str, ...],
+    history_dir: str,
+    recipe: str,
+    seed: int,
 ) -> Metrics:
     root = draw(seed)
     job_dir, report_dir = os.path.join(root, f"job-{recipe}"), os.path.join(root, f"report-{recipe}")
@@ -104,6 +112,8 @@ def _run_trainer(
     seconds = TimedProcess([*task, *flags]).wait(0)
     evaluate = [f"--model_dir={job_dir}/saved_model", f"--data_dir={root}/test", f"--report_dir={report_dir}"]
     TimedProcess([*EVALUATE, *evaluate]).wait(0)
+    os.makedirs(history_dir, exist_ok=True)
+    shutil.copyfile(os.path.join(job_dir, "history.csv"), os.path.join(history_dir, f"{recipe}-{seed}.csv"))
     with open(os.path.join(report_dir, "metrics.json")) as file:
         metrics = json.load(file)
     error = _calibration_error(os.path.join(report_dir, "predictions.csv"))

@@ -76,13 +76,24 @@ def machine() -> dict[str, Any]:
     }
 
 
-def read_earlier(output_dir: str, *, exclude: list[str]) -> list[dict]:
-    """The suites in `output_dir` from the same machine and package versions, except those named in `exclude`."""
+def read_earlier(output_dir: str) -> list[dict]:
+    """The suites in `output_dir` from the same machine and package versions."""
     earlier = files.read_json(files.join(output_dir, JSON_NAME)) or {}
     current = machine()
     if any(earlier.get("machine", {}).get(name) != current[name] for name in current if name != "load"):
         return []
-    return [suite for suite in earlier["suites"] if suite["suite"] not in exclude]
+    return earlier["suites"]
+
+
+def add(measured: list[dict], suite: dict[str, Any]) -> list[dict]:
+    """`measured` with the suite. It replaces an earlier one of that title, but for baselines that it did not measure."""
+    kept, figures = [], suite["figures"]
+    for earlier in measured:
+        if (earlier["suite"], earlier["title"]) == (suite["suite"], suite["title"]):
+            figures = earlier["figures"] | figures
+        else:
+            kept.append(earlier)
+    return [*kept, {**suite, "figures": figures}]
 
 
 def write(output_dir: str, results: dict[str, Any]) -> None:
