@@ -71,6 +71,8 @@ SPANISH_TRAINER = {
     "pack.py": "empaqueta archivos pequeños en fragmentos TFRecord",
     "job.py": "el trabajo completo: de los datos preparados al modelo exportado y al informe",
     "config.py": "la configuración; cada campo es una opción",
+    "earlier_runs.py": "la configuración de una ejecución anterior, comparada con la actual",
+    "flag_info.py": "lo que un campo de la configuración dice de su opción",
     "recipes.py": "--recipe: cuántas épocas se ajusta la red entera, y la receta del artículo",
     "cli.py": "lo común a todas las órdenes: opciones, registro, códigos de salida",
     "errors.py": "los errores que el usuario puede corregir, y los demás",

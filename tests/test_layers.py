@@ -15,8 +15,9 @@ LAYERS = [
     ["serving", "benchmarks"],
     ["training", "reporting"],
     ["models", "artifacts"],
-    ["data", "recipes"],
+    ["data", "earlier_runs", "recipes"],
     ["config", "cli", "storage", "runtime"],
+    ["flag_info"],
     ["errors", "formatting"],
 ]
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}

@@ -6,12 +6,13 @@ choices, whether a resumed run may change it, and whether workers may differ in 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 
 from trainer.errors import UserError
+from trainer.flag_info import FlagInfo, flag
 
 AUGMENT_SWITCH = {"true": "basic", "false": "none"}  # the values of --augment in earlier versions
 REMOTE_READ_PARALLELISM = 48  # concurrent requests: at 50 ms each, a thousand objects per second
@@ -29,61 +30,11 @@ NOT_CONVERTED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class FlagInfo:
-    """What a field of Config says about its flag.
-
-    `at_least` and `at_most` are inclusive bounds, `above` and `below` exclusive ones; `reason` explains a bound.
-    `resumable`: a run that continues in its job_dir may change it, since it says where and how, not what.
-    `per_worker`: workers may differ in it. `in_readme`: README's table of common flags lists it.
-    """
-
-    help: str
-    choices: tuple[str, ...] = ()
-    at_least: float | None = None
-    at_most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    reason: str = ""
-    resumable: bool = False
-    per_worker: bool = False
-    in_readme: bool = False
-
-    def check(self, name: str, value: Any) -> None:
-        """Raises UserError if `value` is not one that the flag `name` takes."""
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name} is {value}: pass a finite number.")
-        if self.choices and value not in self.choices:
-            raise UserError(f"--{name} is {value!r}: pass one of {', '.join(self.choices)}.")
-        is_allowed = [
-            self.at_least is None or value >= self.at_least,
-            self.at_most is None or value <= self.at_most,
-            self.above is None or value > self.above,
-            self.below is None or value < self.below,
-        ]
-        if not all(is_allowed):
-            because = f"; {self.reason}" if self.reason else ""
-            raise UserError(f"--{name} is {value}: pass a number {self._bounds()}{because}.")
-
-    def _bounds(self) -> str:
-        bounds = [
-            (self.at_least, "of at least {:g}"),
-            (self.at_most, "of at most {:g}"),
-            (self.above, "above {:g}"),
-            (self.below, "below {:g}"),
-        ]
-        return " and ".join(text.format(bound) for bound, text in bounds if bound is not None)
-
-
-def _flag(default: Any, help_text: str, **info: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"flag": FlagInfo(help_text, **info)})
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     """What a run does. Raises UserError for a value outside its bounds and for fields that contradict each other."""
 
     # data
-    data_dir: str = _flag(
+    data_dir: str = flag(
         "",
         "Folder with one sub-folder of images per class, local or gs://; or the output of trainer.pack; or tfds:NAME or "
         "tfds:NAME@DIR for a TensorFlow Dataset. Without it, the job draws a demo set.",
@@ -91,37 +42,37 @@ class Config:
         resumable=True,
         per_worker=True,
     )
-    validation_split: float = _flag(
+    validation_split: float = flag(
         0.2, "Fraction of each class that is held out for validation, chosen by content.", above=0, below=1
     )
-    split_file: str = _flag(
+    split_file: str = flag(
         "", "The split.csv of an earlier run: its split is used instead of --validation_split.", resumable=True
     )
-    image_size: int = _flag(
+    image_size: int = flag(
         224,
         "Height and width in pixels of the network's input, 32 or more.",
         at_least=32,
         reason="each backbone reduces its input 32 times",
         in_readme=True,
     )
-    resize: str = _flag(
+    resize: str = flag(
         "stretch",
         "How an image becomes a square. stretch: without keeping the aspect ratio; pad: all of the image, with margins; "
         "crop: its central square. The same in training, export and serving.",
         choices=("stretch", "pad", "crop"),
         in_readme=True,
     )
-    seed: int = _flag(
+    seed: int = flag(
         0, "Seed of order, augmentation, dropout and random weights: the same seed gives the same run.", at_least=0
     )
-    max_bad_fraction: float = _flag(
+    max_bad_fraction: float = flag(
         0.01,
         "Fraction of unreadable files above which the job refuses to start.",
         at_least=0,
         at_most=1,
         resumable=True,
     )
-    read_parallelism: int = _flag(
+    read_parallelism: int = flag(
         0,
         f"Images read in parallel. 0: {REMOTE_READ_PARALLELISM} from a bucket; from a disk, chosen for this machine.",
         at_least=0,
@@ -129,74 +80,74 @@ class Config:
         resumable=True,
         per_worker=True,
     )
-    storage_timeout_secs: int = _flag(
+    storage_timeout_secs: int = flag(
         300,
         "Seconds for which a bucket that does not answer is retried before the job exits with code 75 (start it again).",
         at_least=1,
         resumable=True,
         per_worker=True,
     )
-    cache: str = _flag(
+    cache: str = flag(
         "auto",
         "Where decoded images are kept between epochs of fine-tuning. auto: in memory if they fit in half of what is free.",
         choices=("auto", "memory", "disk", "none"),
         resumable=True,
     )
-    cache_dir: str = _flag(
+    cache_dir: str = flag(
         "",
         "Folder for features and decoded images, which jobs can share. Default: in job_dir.",
         resumable=True,
         per_worker=True,
     )
-    augment: str = _flag(
+    augment: str = flag(
         "basic",
         "Augmentation in fine-tuning, never in validation or serving. basic: crops and colors; strong: smaller crops, "
         "stronger colors, rotation and erased parts. Both with flips, see --flip.",
         choices=("none", "basic", "strong"),
     )
-    flip: str = _flag(
+    flip: str = flag(
         "auto",
         "Whether augmentation flips images left to right. auto: unless the head, on flipped validation images, confuses "
         "classes, as it does where left and right matter (letters, arrows, left and right hands).",
         choices=("auto", "on", "off"),
     )
     # network
-    backbone: str = _flag(
+    backbone: str = flag(
         "ResNet50",
         "The network below the head, of keras.applications. Smaller and faster than ResNet50: MobileNetV3Large, "
         "EfficientNetV2B0.",
         choices=("ResNet50", "ResNet101", "EfficientNetV2B0", "ConvNeXtTiny", "MobileNetV3Large"),
         in_readme=True,
     )
-    weights: str = _flag(
+    weights: str = flag(
         "imagenet",
         "imagenet (downloaded by Keras), none (random), or the path of a weights file of the backbone or of an "
         "earlier run.",
         in_readme=True,
     )
-    head: str = _flag("average", "Layer between the backbone and the softmax layer.", choices=("average", "flatten"))
-    preprocessing: str = _flag(
+    head: str = flag("average", "Layer between the backbone and the softmax layer.", choices=("average", "flatten"))
+    preprocessing: str = flag(
         "imagenet",
         "imagenet: as the ImageNet weights of the backbone expect; rescale: multiply by 1/255, as in the article.",
         choices=("imagenet", "rescale"),
     )
-    batch_norm: str = _flag(
+    batch_norm: str = flag(
         "auto",
         "Batch-norm statistics in fine-tuning. auto: frozen for pretrained weights, trained for random ones.",
         choices=("auto", "frozen", "train"),
     )
     # 0.9 is the value of torchvision and of the authors of ResNet, who write it as 1 - 0.1.
-    batch_norm_momentum: float = _flag(
+    batch_norm_momentum: float = flag(
         0.9,
         "Momentum of trained batch-norm statistics. Keras' default, 0.99, needs hundreds of steps to follow the images, and "
         "a small folder has few.",
         at_least=0,
         below=1,
     )
-    dropout: float = _flag(0.2, "Fraction of features dropped in training.", at_least=0, at_most=0.95)
-    summary: bool = _flag(False, "Print the network layer by layer.", resumable=True)
+    dropout: float = flag(0.2, "Fraction of features dropped in training.", at_least=0, at_most=0.95)
+    summary: bool = flag(False, "Print the network layer by layer.", resumable=True)
     # recipe
-    recipe: str = _flag(
+    recipe: str = flag(
         "auto",
         "What is trained, in one word. head: the head alone; finetune: then the whole network; auto: finetune on a GPU where "
         "it takes less than an hour, else head; article: the article's recipe. Every other flag overrides it.",
@@ -204,17 +155,17 @@ class Config:
         resumable=True,
         in_readme=True,
     )
-    monitor: str = _flag(
+    monitor: str = flag(
         "auto",
         "Metric of the validation images that decides which epoch is exported. Of equal epochs the one with the lower "
         "val_loss is exported, or with first_val_accuracy the first. auto: val_accuracy, or with --class_weight=balanced "
         "balanced_accuracy.",
         choices=("auto", "val_accuracy", "val_loss", "balanced_accuracy", "first_val_accuracy"),
     )
-    batch_size: int = _flag(
+    batch_size: int = flag(
         32, "Images per step over all workers and devices (the global batch).", at_least=1, in_readme=True
     )
-    head_epochs: int = _flag(
+    head_epochs: int = flag(
         -1,
         "Epochs of the head alone, on features that are computed once. -1: until it is done, by logistic regression or, on "
         "very large folders, 15 epochs.",
@@ -222,47 +173,47 @@ class Config:
         resumable=True,
         in_readme=True,
     )
-    epochs: int = _flag(
+    epochs: int = flag(
         -1,
         "Epochs of fine-tuning the whole network, after the head. -1: as --recipe decides.",
         at_least=-1,
         resumable=True,
         in_readme=True,
     )
-    head_learning_rate: float = _flag(1e-3, "Peak learning rate of the head's epochs.", above=0)
-    learning_rate: float = _flag(
+    head_learning_rate: float = flag(1e-3, "Peak learning rate of the head's epochs.", above=0)
+    learning_rate: float = flag(
         3e-4,
         "Peak learning rate of fine-tuning. With lamb it is relative: the largest change of a layer in one step, as a "
         "fraction of its weights.",
         above=0,
         in_readme=True,
     )
-    optimizer: str = _flag(
+    optimizer: str = flag(
         "auto",
         "Keras optimizer; sgd has momentum 0.9. auto: lamb to fine-tune pretrained weights, else adam.",
         choices=("auto", "adam", "adamw", "lamb", "sgd"),
     )
-    lr_schedule: str = _flag(
+    lr_schedule: str = flag(
         "cosine", "Schedule from the peak learning rate; cosine ends at 0.", choices=("constant", "cosine")
     )
-    warmup_epochs: float = _flag(
+    warmup_epochs: float = flag(
         -1.0,
         "Epochs at the start of each stage in which the learning rate rises linearly from 0. -1: a tenth of fine-tuning, "
         "none of the head.",
         at_least=-1,
     )
-    weight_decay: float = _flag(0.0, "Decoupled weight decay; 0: none (adamw: Keras' 0.004).", at_least=0)
-    clip_norm: float = _flag(0.0, "Largest norm of the global batch's gradient; 0: no clipping.", at_least=0)
-    label_smoothing: float = _flag(
+    weight_decay: float = flag(0.0, "Decoupled weight decay; 0: none (adamw: Keras' 0.004).", at_least=0)
+    clip_norm: float = flag(0.0, "Largest norm of the global batch's gradient; 0: no clipping.", at_least=0)
+    label_smoothing: float = flag(
         0.0, "Probability that is moved from the true class to all classes.", at_least=0, at_most=0.9
     )
-    class_weight: str = _flag(
+    class_weight: str = flag(
         "none",
         "balanced: examples of rare classes weigh more in the loss.",
         choices=("none", "balanced"),
         in_readme=True,
     )
-    early_stopping_patience: int = _flag(
+    early_stopping_patience: int = flag(
         0,
         "Stop a stage after this many epochs without a better --monitor; 0: never.",
         at_least=0,
@@ -270,94 +221,94 @@ class Config:
         in_readme=True,
     )
     # machine
-    precision: str = _flag(
+    precision: str = flag(
         "auto",
         "auto: the precision that the device computes fast.",
         choices=("auto", "float32", "mixed_float16", "mixed_bfloat16"),
         in_readme=True,
     )
-    xla: str = _flag(
+    xla: str = flag(
         "auto",
         "Compile the training step of each replica with XLA. auto: on one GPU.",
         choices=("auto", "on", "off"),
         resumable=True,
     )
-    steps_per_loop: int = _flag(
+    steps_per_loop: int = flag(
         0, "Training steps per call from the host; 0: as many as take about a second.", at_least=0, resumable=True
     )
-    require_gpu: bool = _flag(
+    require_gpu: bool = flag(
         False, "Exit with code 2 and a diagnosis if TensorFlow sees no GPU.", resumable=True, in_readme=True
     )
     # output
-    job_dir: str = _flag(
+    job_dir: str = flag(
         "",
         "Folder for everything that the job writes. Default: the parent of AIP_CHECKPOINT_DIR, which Vertex AI sets.",
         resumable=True,
     )
-    model_dir: str = _flag(
+    model_dir: str = flag(
         "",
         "Folder of the SavedModel. Default: AIP_MODEL_DIR, else saved_model in job_dir.",
         resumable=True,
         per_worker=True,
     )
-    tensorboard_dir: str = _flag(
+    tensorboard_dir: str = flag(
         "",
         "Folder of the TensorBoard logs. Default: AIP_TENSORBOARD_LOG_DIR, else logs in job_dir.",
         resumable=True,
         per_worker=True,
     )
-    export_formats: str = _flag(
+    export_formats: str = flag(
         "saved_model",
         "Comma-separated: saved_model, which is always written, tflite and onnx, which go to exports/ in job_dir.",
         resumable=True,
         in_readme=True,
     )
-    profile_steps: str = _flag(
+    profile_steps: str = flag(
         "",
         "First and last step, as in 10,20, of the first fine-tuning epoch (of the head's with --epochs=0) for which a "
         "TensorFlow profile is written to tensorboard_dir.",
         resumable=True,
     )
-    checkpoint_secs: int = _flag(
+    checkpoint_secs: int = flag(
         300,
         "Seconds between checkpoints within an epoch; there is one after each epoch too.",
         at_least=1,
         resumable=True,
     )
-    resume: bool = _flag(
+    resume: bool = flag(
         True, "Resume the run in job_dir. --noresume refuses a job_dir that holds a run.", resumable=True
     )
-    nan_retries: int = _flag(
+    nan_retries: int = flag(
         1,
         "How often a loss that is not finite restores the last checkpoint with half the learning rate.",
         at_least=0,
         resumable=True,
     )
-    price_per_hour: float = _flag(
+    price_per_hour: float = flag(
         0.0,
         "Price of one machine, in any currency: the progress line, metrics.json and the report then show the cost.",
         at_least=0,
         resumable=True,
         per_worker=True,
     )
-    max_cost: float = _flag(
+    max_cost: float = flag(
         0.0,
         "Save, export the best weights so far and exit with code 0 when the job has cost this much; 0: no limit.",
         at_least=0,
         resumable=True,
         per_worker=True,
     )
-    dry_run: bool = _flag(
+    dry_run: bool = flag(
         False, "Print the plan (images, steps, network, devices, paths) and write nothing.", resumable=True
     )
-    log_format: str = _flag(
+    log_format: str = flag(
         "auto",
         "json: one JSON object per line, as Cloud Logging reads it. auto: json on Vertex AI and Kubernetes, else text.",
         choices=("auto", "text", "json"),
         resumable=True,
         per_worker=True,
     )
-    verbosity: int = _flag(0, "", resumable=True, per_worker=True)  # absl defines the flag itself
+    verbosity: int = flag(0, "", resumable=True, per_worker=True)  # absl defines the flag itself
 
     def __post_init__(self) -> None:
         """Checks the bounds of each field, then what only several fields together show."""
@@ -466,46 +417,3 @@ def define_flags() -> None:
             flags.DEFINE_enum(name, DEFAULTS[name], list(info.choices), info.help)
         else:
             defines[type(DEFAULTS[name])](name, DEFAULTS[name], info.help)
-
-
-def with_earlier_defaults(settings: Config, earlier: dict[str, Any]) -> Config:
-    """The flags of a resumed run: those at their default have the default of the version that began it.
-
-    `earlier` is the value of its config.json. A flag that this version added keeps its default.
-    """
-    flags, defaults = _with_augment_names(earlier["flags"]), _with_augment_names(earlier["defaults"])
-    return dataclasses.replace(
-        settings,
-        **{
-            name: flags[name]
-            for name, default in DEFAULTS.items()
-            if name in flags and getattr(settings, name) == default and flags[name] == defaults.get(name)
-        },
-    )
-
-
-def _with_augment_names(values: dict[str, Any]) -> dict[str, Any]:
-    return {**values, "augment": augment_name(values["augment"])}
-
-
-def augment_name(value: str | bool) -> str:
-    """The value of --augment; that of an earlier version was a bool."""
-    return AUGMENT_SWITCH.get(str(value).lower(), str(value))
-
-
-def recorded(flags: Mapping[str, Any], name: str) -> Any:
-    """The flag `name` among the flags in a config.json. A run from before the flag existed did what its default does."""
-    return flags.get(name, DEFAULTS[name])
-
-
-def changes(before: dict, now: dict) -> list[str]:
-    """Fields of two Config.as_dict() that differ and make it another run, each as `name: before -> now`.
-
-    A field that an earlier version did not have counts as unchanged while it has its default.
-    """
-    before = _with_augment_names(before)
-    return [
-        f"{name}: {recorded(before, name)} -> {now[name]}"
-        for name in now
-        if name not in MAY_CHANGE_ON_RESUME and recorded(before, name) != now[name]
-    ]

@@ -9,14 +9,14 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 from absl import logging
 
-from trainer import cli, config, formatting, recipes
+from trainer import cli, config, formatting
 from trainer.artifacts import metrics, run_record
 from trainer.artifacts.job_dir import JobDir
 from trainer.config import Config
@@ -37,13 +37,12 @@ from trainer.runtime.signals import StopSignal
 from trainer.serving import exporter
 from trainer.serving.exporter import FinishedRun
 from trainer.storage import files, lock
-from trainer.training import stages
+from trainer.training import job_stages
 from trainer.training.cost import Cost
-from trainer.training.loop import ProfileRange, StopReason, TrainingInterrupted
-from trainer.training.optimizer import Recipe
+from trainer.training.loop import StopReason, TrainingInterrupted
 from trainer.training.progress import ProgressReporter
 from trainer.training.stages import StageInputs
-from trainer.training.trainer import HEAD, WHOLE_NETWORK, Callbacks, Stage, Trainer, TrainerOptions
+from trainer.training.trainer import HEAD, WHOLE_NETWORK, Callbacks, Trainer, TrainerOptions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -383,7 +382,21 @@ def _check_workers_agree(job: Job, trainer: Trainer) -> None:
 
 def _train(job: Job, network: Network, trainer: Trainer, writer: ReportWriter | None) -> None:
     """Runs the remaining stages and reports each epoch. Raises TrainingInterrupted."""
-    for stage in _remaining_stages(job, network, trainer):
+
+    def on_flips(flips: bool) -> None:
+        job.resolved["flips"] = flips
+        if job.is_chief:
+            _write_run_info(job)
+
+    remaining = job_stages.remaining_stages(
+        job.settings,
+        _stage_inputs(job, network),
+        trainer,
+        feature_dir=job.settings.cache_dir or job.paths.checkpoints,
+        profile_range=job.prepared.profile_range,
+        on_flips=on_flips,
+    )
+    for stage in remaining:
         for result in trainer.epochs(stage):
             job.images.check_bad_fraction()
             job.progress.on_epoch(
@@ -395,46 +408,6 @@ def _train(job: Job, network: Network, trainer: Trainer, writer: ReportWriter | 
                 _write_epoch(job, trainer, is_best=result.is_best)
                 writer.after_epoch(result.row, result.times)
                 result.times["saving_seconds"] += time.monotonic() - started  # in time.csv after the next epoch
-
-
-def _remaining_stages(job: Job, network: Network, trainer: Trainer) -> Iterator[Stage]:
-    """The stages that are not complete; each is prepared when the one before has ended."""
-    inputs = _stage_inputs(job, network)
-    if job.settings.head_epochs and trainer.state.stage != WHOLE_NETWORK:
-        stage = _make_stage(job, inputs, HEAD)
-        if not job.settings.epochs:
-            _log_cost_of_finetuning(job, stage)
-        yield stage
-    if job.settings.epochs:
-        if trainer.state.stage != WHOLE_NETWORK:
-            trainer.state.flips = _choose_flips(job, inputs, trainer)
-        job.resolved["flips"] = trainer.state.flips
-        if job.is_chief:
-            _write_run_info(job)
-        yield _make_stage(job, inputs, WHOLE_NETWORK, flips=trainer.state.flips)
-
-
-def _log_cost_of_finetuning(job: Job, stage: Stage) -> None:
-    """Says what a run that trains the head alone leaves out, if the time of the features tells how long it would take."""
-    num_training = len(job.prepared.split.training)
-    epochs = recipes.finetune_epochs(num_training, job.settings.batch_size)
-    if stage.feature_seconds_per_image is None:
-        return
-    seconds = recipes.finetune_seconds(stage.feature_seconds_per_image, num_images=epochs * num_training)
-    logging.info(
-        "Fine-tuning the whole network after the head (--recipe=finetune: %d epochs) would take about %s on this machine. "
-        "docs/recipe.md says what it brought on several kinds of images.",
-        epochs,
-        formatting.duration(seconds),
-    )
-
-
-def _choose_flips(job: Job, inputs: StageInputs, trainer: Trainer) -> bool:
-    """Resolves --flip. Without a head stage there is nothing to decide it from."""
-    settings = job.settings
-    if settings.flip != "auto" or settings.augment == "none" or not trainer.best.epoch:
-        return settings.flip != "off"
-    return stages.flips_keep_labels(inputs, trainer.best.probabilities)
 
 
 def _stage_inputs(job: Job, network: Network) -> StageInputs:
@@ -454,44 +427,6 @@ def _stage_inputs(job: Job, network: Network) -> StageInputs:
         worker_index=job.prepared.cluster.index,
         progress=job.progress,
         stop_requested=job.stop_requested,
-    )
-
-
-def _make_stage(job: Job, inputs: StageInputs, name: str, *, flips: bool = True) -> Stage:
-    settings = job.settings
-    is_finetuned = name == WHOLE_NETWORK and settings.weights != "none"
-    chosen_optimizer = "lamb" if is_finetuned else "adam"  # by `auto`
-    recipe = Recipe(
-        optimizer=chosen_optimizer if settings.optimizer == "auto" else settings.optimizer,
-        learning_rate=settings.head_learning_rate if name == HEAD else settings.learning_rate,
-        lr_schedule=settings.lr_schedule,
-        warmup_epochs=0.0 if name == HEAD and settings.warmup_epochs == -1 else settings.warmup_epochs,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-        label_smoothing=settings.label_smoothing,
-        dropout=settings.dropout,
-    )
-    # Profiled are steps of the whole network, or of the head where that is the only stage.
-    is_profiled = job.is_chief and (name == WHOLE_NETWORK or not settings.epochs)
-    steps = job.prepared.profile_range if is_profiled else None
-    profile = ProfileRange(settings.tensorboard_dir, *steps) if steps else None
-    if name == WHOLE_NETWORK:
-        return stages.whole_network_stage(
-            inputs,
-            epochs=settings.epochs,
-            recipe=recipe,
-            augment=settings.augment,
-            flips=flips,
-            profile=profile,
-        )
-    fingerprint = networks.weights_fingerprint(settings.weights)
-    return stages.head_stage(
-        inputs,
-        epochs=settings.head_epochs,
-        recipe=recipe,
-        feature_dir=settings.cache_dir or job.paths.checkpoints,
-        feature_source=(settings.backbone, fingerprint, job.prepared.network_input, settings.head),
-        profile=profile,
     )
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 
 from absl import flags, logging
 
-from trainer import cli, config, recipes
+from trainer import cli, config, earlier_runs, recipes
 from trainer.artifacts import job_dir
 from trainer.artifacts.job_dir import JobDir
 from trainer.config import Config
@@ -210,10 +210,10 @@ def _with_earlier_flags(settings: Config, fingerprint: str) -> Config:
         return settings
     if not settings.resume:
         raise UserError(f"{settings.job_dir} holds a run and --noresume is set: pass another --job_dir.")
-    settings = config.with_earlier_defaults(settings, before)
+    settings = earlier_runs.with_earlier_defaults(settings, before)
     if settings.epochs == -1 and before["flags"].get("recipe") == settings.recipe:
         settings = dataclasses.replace(settings, epochs=before["flags"]["epochs"])
-    differences = config.changes(before["flags"], settings.as_dict())
+    differences = earlier_runs.changes(before["flags"], settings.as_dict())
     if differences:
         raise UserError(
             f"{settings.job_dir} holds a run with other flags ({'; '.join(differences)}): pass another --job_dir, or the "

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer import config
+from trainer import earlier_runs
 from trainer.artifacts.job_dir import JobDir
 from trainer.artifacts.metrics import (
     ClassificationMetrics,
@@ -20,7 +20,6 @@ from trainer.artifacts.metrics import (
     expected_calibration_error,
     wilson_interval,
 )
-from trainer.config import augment_name
 from trainer.errors import UserError
 from trainer.storage import files
 
@@ -52,12 +51,12 @@ class RunRecord:
     @functools.cached_property
     def resize(self) -> str:
         """How images become squares: stretch, pad or crop."""
-        return config.recorded(self.flags, "resize")
+        return earlier_runs.recorded(self.flags, "resize")
 
     @functools.cached_property
     def backbone(self) -> str:
         """The name of the network below the head."""
-        return config.recorded(self.flags, "backbone")
+        return earlier_runs.recorded(self.flags, "backbone")
 
     @functools.cached_property
     def training_rows(self) -> list[dict[str, str]]:
@@ -98,7 +97,7 @@ class RunRecord:
     @functools.cached_property
     def augment(self) -> str:
         """The strength of the augmentation: none, basic or strong."""
-        return augment_name(self.flags["augment"])
+        return earlier_runs.augment_name(self.flags["augment"])
 
     @functools.cached_property
     def flips(self) -> bool:

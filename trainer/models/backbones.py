@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from trainer import config
+from trainer import earlier_runs
 from trainer.data.preprocessing import NetworkInput
 
 
@@ -80,5 +80,5 @@ def input_from_flags(flags: Mapping[str, Any]) -> NetworkInput:
     """The input of the network of a run, from its flags as config.json holds them."""
     preprocessing = flags["preprocessing"]
     if preprocessing == "imagenet":
-        preprocessing = BACKBONES[config.recorded(flags, "backbone")].imagenet_preprocessing
-    return NetworkInput(flags["image_size"], config.recorded(flags, "resize"), preprocessing)
+        preprocessing = BACKBONES[earlier_runs.recorded(flags, "backbone")].imagenet_preprocessing
+    return NetworkInput(flags["image_size"], earlier_runs.recorded(flags, "resize"), preprocessing)

@@ -13,8 +13,9 @@ import numpy as np
 
 from trainer.artifacts.job_dir import JobDir
 from trainer.artifacts.metrics import top_class
-from trainer.config import DEFAULTS, recorded
+from trainer.config import DEFAULTS
 from trainer.data import formats
+from trainer.earlier_runs import recorded
 from trainer.errors import UserError
 from trainer.storage import files
 
