@@ -1,156 +1,220 @@
-"""Compares recipes of the head on cached features, over several splits and seeds, and prints a Markdown table.
+"""Measures the head on cached features, and shows the measurements of recipes that are in docs/recipe/.
 
     python -m trainer.task --data_dir=cats_and_dogs --weights=W --job_dir=J --cache_dir=features
-    python docs/recipe.py cats_and_dogs features/features-*.npz
+    python docs/recipe.py heads cats_and_dogs features/features-*.npz
+        fits heads, and keeps their accuracy in docs/recipe/heads.json
+    python -m trainer.benchmark --suite=accuracy --output_dir=docs/recipe --recipe_dirs=A,B --weights=W
+        trains whole recipes, and keeps their accuracy in docs/recipe/benchmark.json
+    python docs/recipe.py picture
+        draws docs/images/recipe.png from what the benchmark kept
 
-The cached features are in the order of the image paths, so the features of one job serve every split. Split 0 is the split
-by content; the others are random. `--splits=DIR` also writes each split to DIR/N.csv, for trainer.task --split_file.
-Shapes: N images, F features, E epochs.
+`python docs/generate.py` then writes the tables of docs/recipe.md.
+Shapes: N images, F features, C classes.
 """
 
 import argparse
-import dataclasses
+import csv
+import json
 import pathlib
+import statistics
 import time
 from typing import Any
 
-import keras
 import numpy as np
-import tensorflow as tf
+import threadpoolctl
 
-from trainer.benchmarks.suite import one_device
-from trainer.data import input_pipeline, sampler, splits
-from trainer.data.dataset import Examples, Split, read_folder
-from trainer.training.loop import TrainingLoop, evaluate_logits
-from trainer.training.optimizer import Recipe, make_optimizer
+from trainer.artifacts.metrics import expected_calibration_error, top_class
+from trainer.benchmarks.suite import RECIPES
+from trainer.data.dataset import read_folder
+from trainer.training import head_solver
 
-BATCH_SIZE = 32
-VALIDATION_BATCH_SIZE = 600
-EPOCHS = 15
-DEFAULT = Recipe(optimizer="adam", learning_rate=1e-3, lr_schedule="cosine", dropout=0.2)
-CANDIDATES: dict[str, tuple[int, dict[str, Any]]] = {  # name: (epochs, fields that differ from DEFAULT)
-    "default": (EPOCHS, {}),
-    "5 epochs": (5, {}),
-    "30 epochs": (30, {}),
-    "learning rate 3e-4": (EPOCHS, {"learning_rate": 3e-4}),
-    "learning rate 3e-3": (EPOCHS, {"learning_rate": 3e-3}),
-    "constant learning rate": (EPOCHS, {"lr_schedule": "constant"}),
-    "1 epoch of warm-up": (EPOCHS, {"warmup_epochs": 1.0}),
-    "no dropout": (EPOCHS, {"dropout": 0.0}),
-    "dropout 0.5": (EPOCHS, {"dropout": 0.5}),
-    "label smoothing 0.1": (EPOCHS, {"label_smoothing": 0.1}),
-    "adamw": (EPOCHS, {"optimizer": "adamw"}),
-    "sgd 1e-3": (EPOCHS, {"optimizer": "sgd", "learning_rate": 1e-3}),
-    "sgd 3e-3": (EPOCHS, {"optimizer": "sgd", "learning_rate": 3e-3}),
-    "sgd 1e-2": (EPOCHS, {"optimizer": "sgd", "learning_rate": 1e-2}),
-    "sgd 3e-2": (EPOCHS, {"optimizer": "sgd", "learning_rate": 3e-2}),
+DOCS = pathlib.Path(__file__).parent
+MEASURED = DOCS / "recipe"
+SIZES = ("20", "50", "200", "all")  # images per class
+SEEDS = 3
+TEST_FRACTION = VALIDATION_FRACTION = 0.2
+TITLES = {
+    "cats_and_dogs": "cats and dogs",
+    "ten_objects": "ten objects",
+    "hand_signs": "signs of the hand",
+    "tile_defects": "defects of tiles",
+    "textures": "textures",
+    "groceries": "groceries",
 }
+# The labels of trainer.benchmarks.recipes, in the order of its RECIPES.
+COLUMNS = {
+    "trainer --recipe=head": "default",
+    "trainer --recipe=finetune": "`--recipe=finetune`",
+    "logistic regression on the same features": "logistic regression",
+    "Keras' transfer-learning guide": "Keras guide",
+    "article recipe in Keras": "article",
+}
+assert len(COLUMNS) == len(RECIPES)
 
 
 def main() -> None:
-    """Prints one row per recipe: means over splits and seeds, after the last epoch and at the best epoch."""
+    """Runs one of the two sub-commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir")
-    parser.add_argument("features", nargs="+", help="all parts of the cached features")
-    parser.add_argument("--num_splits", type=int, default=6)
-    parser.add_argument("--num_seeds", type=int, default=3)
-    parser.add_argument("--splits", type=pathlib.Path, help="folder for the splits as CSV files")
+    commands = parser.add_subparsers(dest="command", required=True)
+    heads = commands.add_parser("heads")
+    heads.add_argument("data_dir", type=pathlib.Path)
+    heads.add_argument("features", nargs="+", type=pathlib.Path, help="all parts of the cached features of the folder")
+    commands.add_parser("picture")
     arguments = parser.parse_args()
-    folder = read_folder(arguments.data_dir)
-    examples = folder.examples.take(np.argsort(folder.examples.paths))
-    features = np.concatenate([np.load(path)["values"] for path in sorted(arguments.features)])
-    masks = [validation_mask(examples, number) for number in range(arguments.num_splits)]
-    if arguments.splits:
-        write_splits(arguments.splits, examples, masks, folder.class_names)
-    print("| recipe of the head | last epoch | best epoch | val_loss | seconds per run |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, (epochs, changes) in CANDIDATES.items():
-        recipe = dataclasses.replace(DEFAULT, **changes)
-        started = time.monotonic()
-        runs = np.array(
-            [
-                [train_head(features, examples.labels, mask, seed=seed, epochs=epochs, recipe=recipe) for mask in masks]
-                for seed in range(arguments.num_seeds)
-            ]
-        )  # [seeds, splits, E, 2]
-        seconds = (time.monotonic() - started) / (arguments.num_seeds * arguments.num_splits)
-        print(table_row(name, runs, seconds), flush=True)
+    if arguments.command == "picture":
+        draw_curves(DOCS / "images" / "recipe.png")
+        return
+    path = MEASURED / "heads.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    name = arguments.data_dir.name
+    measured = measure_heads(arguments.data_dir, sorted(arguments.features))
+    kept = [row for row in rows if row["images"] != name]
+    path.write_text(json.dumps([*kept, *({"images": name, **row} for row in measured)], indent=1) + "\n")
 
 
-def table_row(name: str, runs: np.ndarray, seconds: float) -> str:
-    """One row of the table; `runs` float64 [seeds, splits, E, 2] of validation accuracy and loss."""
-    last_accuracy, best_accuracy, last_loss = runs[:, :, -1, 0], runs[..., 0].max(axis=2), runs[:, :, -1, 1]
-    by_split = last_accuracy.mean(axis=0)
-    spread = f"{by_split.min():.4f} to {by_split.max():.4f}"
-    means = f"{last_accuracy.mean():.4f} ({spread}) | {best_accuracy.mean():.4f} | {last_loss.mean():.4f}"
-    return f"| {name} | {means} | {seconds:.1f} |"
+def measure_heads(data_dir: pathlib.Path, features: list[pathlib.Path]) -> list[dict[str, Any]]:
+    """One row per number of images per class: accuracy and calibration error on test images, over all seeds together.
+
+    For each seed a fifth of each class is the test part, which nothing sees. A fifth of the others is the validation part
+    of a job, which its head does not see; logistic regression is fitted without it and, for comparison, with it.
+    """
+    folder = read_folder(str(data_dir))
+    labels = folder.examples.labels[np.argsort(folder.examples.paths)]  # cached features are in this order
+    values = np.concatenate([np.load(path)["values"] for path in features])
+    rows: list[dict[str, Any]] = []
+    num_training = 0
+    for size in SIZES:
+        parts = [draw_parts(labels, None if size == "all" else int(size), seed) for seed in range(SEEDS)]
+        if len(parts[0][0]) == num_training:
+            rows[-1]["size"] = size  # no class has more images than the size before
+            continue
+        num_training = len(parts[0][0])
+        row = {"size": size, "training": num_training, "test": len(parts[0][2])}
+        started = time.process_time()
+        row["head"] = score([head_probabilities(values, labels, part, seed) for seed, part in enumerate(parts)])
+        row["head_cpu_seconds"] = (time.process_time() - started) / SEEDS
+        row["logistic_regression"] = score([baseline_probabilities(values, labels, part) for part in parts])
+        with_validation = [(np.concatenate([training, held_out]), held_out, test) for training, held_out, test in parts]
+        row["with_validation"] = score([baseline_probabilities(values, labels, part) for part in with_validation])
+        print(data_dir.name, row, flush=True)
+        rows.append(row)
+    return rows
 
 
-def validation_mask(examples: Examples, number: int) -> np.ndarray:
-    """bool [N]: true for the images of the validation split, a fifth of each class."""
-    if number == 0:
-        return np.isin(examples.paths, splits.split_by_content(examples, 0.2).validation.paths)
-    rng = np.random.default_rng(number)
-    is_validation = np.zeros(len(examples), bool)
-    for label in np.unique(examples.labels):
-        members = np.flatnonzero(examples.labels == label)
-        is_validation[rng.permutation(members)[: len(members) // 5]] = True
-    return is_validation
+def draw_parts(labels: np.ndarray, size: int | None, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of the training, validation and test images, with up to `size` images per class to train and validate."""
+    rng = np.random.default_rng(seed)
+    parts: tuple[list, list, list] = ([], [], [])
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        num_test = max(1, round(TEST_FRACTION * len(members)))
+        rest = members[num_test:][:size]
+        num_validation = max(1, round(VALIDATION_FRACTION * len(rest)))
+        for part, chosen in zip(parts, (rest[num_validation:], rest[:num_validation], members[:num_test]), strict=True):
+            part.extend(chosen)
+    return np.array(parts[0]), np.array(parts[1]), np.array(parts[2])
 
 
-def write_splits(
-    directory: pathlib.Path, examples: Examples, masks: list[np.ndarray], class_names: tuple[str, ...]
-) -> None:
-    """Writes each split as `directory`/N.csv."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for number, mask in enumerate(masks):
-        with open(directory / f"{number}.csv", "w", newline="") as file:
-            splits.write_split(file, Split(examples.take(~mask), examples.take(mask)), class_names)
-
-
-def train_head(
-    features: np.ndarray, labels: np.ndarray, is_validation: np.ndarray, *, seed: int, epochs: int, recipe: Recipe
-) -> list[tuple[float, float]]:
-    """Trains a head on `features`, float32 [N, F]; returns validation accuracy and loss after each epoch."""
-    keras.utils.set_random_seed(seed)
-    devices = one_device()
+def head_probabilities(values: np.ndarray, labels: np.ndarray, part: tuple, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities float [n, C] and labels of the test part, by the head that a job fits."""
+    training, _, test = part
     num_classes = int(labels.max()) + 1
-    inputs = keras.Input([features.shape[1]])
-    head = keras.Model(inputs, keras.layers.Dense(num_classes)(inputs))
-    training_labels, validation_labels = labels[~is_validation], labels[is_validation]
-    training, validation = _array_source(features[~is_validation]), _array_source(features[is_validation])
-    steps = sampler.steps_per_epoch(len(training_labels), BATCH_SIZE)
-    loop = TrainingLoop(
-        None,
-        head,
-        make_optimizer(recipe, epochs=epochs, steps_per_epoch=steps, loss_scaling=False),
-        devices=devices,
-        batch_size=BATCH_SIZE,
-        seed=seed,
-        label_smoothing=recipe.label_smoothing,
-        dropout=recipe.dropout,
-    )
-    results = []
-    for epoch in range(epochs):
-        plan = sampler.shuffled_epoch(
-            training_labels,
-            seed=seed,
-            epoch=epoch,
-            batch_size=BATCH_SIZE,
-            replicas=1,
-            class_weights=np.ones(num_classes, np.float32),
+    head = head_solver.fit(values[training], labels[training], num_classes=num_classes, is_balanced=False, seed=seed)
+    logits = values[test] @ head.kernel + head.bias
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponents / exponents.sum(axis=1, keepdims=True), labels[test]
+
+
+def baseline_probabilities(values: np.ndarray, labels: np.ndarray, part: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """The same by LogisticRegressionCV on standardized features, C by accuracy. PCA only rotates them, which saves time."""
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    training, _, test = part
+    folds = min(5, np.bincount(labels[training]).min())
+    search = LogisticRegressionCV(Cs=8, cv=folds, l1_ratios=(0,), max_iter=1000, use_legacy_attributes=False)
+    with threadpoolctl.threadpool_limits(1):
+        model = make_pipeline(StandardScaler(), PCA(), search).fit(values[training], labels[training])
+        return model.predict_proba(values[test]), labels[test]
+
+
+def score(results: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Accuracy and expected calibration error over the test parts of all seeds."""
+    probabilities, labels = (np.concatenate(arrays) for arrays in zip(*results, strict=True))
+    predicted, confidence = top_class(probabilities)
+    is_correct = predicted == labels
+    return {
+        "accuracy": float(is_correct.mean()),
+        "calibration_error": expected_calibration_error(confidence, is_correct),
+    }
+
+
+def heads_table() -> str:
+    """docs/recipe/heads.json as a Markdown table."""
+    lines = [
+        "| images | per class | training images | head of a job | ECE | logistic regression | ECE | CPU seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in json.loads((MEASURED / "heads.json").read_text()):
+        head, baseline = row["head"], row["logistic_regression"]
+        lines.append(
+            f"| {TITLES[row['images']]} | {row['size']} | {row['training']} | {head['accuracy']:.3f} "
+            f"| {100 * head['calibration_error']:.1f} | {baseline['accuracy']:.3f} "
+            f"| {100 * baseline['calibration_error']:.1f} | {row['head_cpu_seconds']:.1f} |"
         )
-        batches = input_pipeline.batches(plan, training, training_labels, transform=None, devices=devices)
-        loop.train_steps(iter(batches), plan.steps)
-        plan = sampler.ordered_epoch(len(validation_labels), batch_size=VALIDATION_BATCH_SIZE, replicas=1)
-        batches = input_pipeline.batches(plan, validation, validation_labels, transform=None, devices=devices)
-        evaluation = evaluate_logits(loop.logits(batches, plan), validation_labels, 0.0)
-        results.append((evaluation.accuracy, evaluation.loss))
-    return results
+    return "\n".join(lines)
 
 
-def _array_source(values: np.ndarray) -> input_pipeline.ArraySource:
-    return input_pipeline.ArraySource(values=tf.constant(values), is_readable=tf.ones(len(values)))
+def recipes_table() -> str:
+    """docs/recipe/benchmark.json as a Markdown table: mean test accuracy, lowest and highest of the seeds, and minutes."""
+    lines = [f"| images | {' | '.join(COLUMNS.values())} |", f"|{' --- |' * (1 + len(COLUMNS))}"]
+    for suite in _suites():
+        cells = [_cell(suite["figures"].get(label)) for label in COLUMNS]
+        lines.append(f"| {_title(suite)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _suites() -> list[dict[str, Any]]:
+    return json.loads((MEASURED / "benchmark.json").read_text())["suites"]
+
+
+def _title(suite: dict[str, Any]) -> str:
+    name, size, _ = suite["title"].split(", ")
+    return f"{TITLES[name]}, {size.removesuffix(' images per class')} per class"
+
+
+def _cell(metrics: dict[str, list[float]] | None) -> str:
+    if not metrics:
+        return "not measured"
+    values, minutes = metrics["test_accuracy"], statistics.mean(metrics["seconds"]) / 60
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else " (1 seed)"
+    return f"{statistics.mean(values):.3f}{spread}, {minutes:.1f} min"
+
+
+def draw_curves(path: pathlib.Path) -> None:
+    """A panel per image set: validation accuracy after each epoch of fine-tuning, one line per seed; epoch 0 is the head."""
+    from matplotlib.figure import Figure
+
+    suites = [suite for suite in _suites() if "trainer --recipe=finetune" in suite["figures"]]
+    columns = min(3, len(suites))
+    rows = -(-len(suites) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, suite in zip(panels, suites, strict=False):
+        for history in sorted((MEASURED / "histories" / suite["title"]).glob("finetune-*.csv")):
+            with open(history, newline="") as file:
+                accuracy = [float(row["val_accuracy"]) for row in csv.DictReader(file)]
+            axes.plot(range(len(accuracy)), accuracy, color="#1a5fb4", alpha=0.6)
+        axes.set_title(_title(suite), loc="left", fontsize=9, fontweight="bold")
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(suites) :]:
+        axes.set_visible(False)
+    figure.supxlabel("epoch of fine-tuning (0: the head)", fontsize=9)
+    figure.supylabel("validation accuracy", fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
