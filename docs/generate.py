@@ -1,15 +1,18 @@
-"""Writes the generated parts of README.md, README.es.md and docs/architecture.md.
+"""Writes the generated parts of README.md, README.es.md, docs/architecture.md and docs/recipe.md.
 
     python docs/generate.py
 
 A generated part is the text between the lines `<!-- NAME -->` and `<!-- end of NAME -->` of a page. The flag table comes
-from trainer/config.py, the file tree from the docstrings under trainer/, the drawing and the packages from the imports there.
+from trainer/config.py, the file tree from the docstrings under trainer/, the drawing and the packages from the imports there,
+the tables of recipes from docs/recipe/.
 """
 
 import ast
 import functools
 import pathlib
 from collections.abc import Callable
+
+import recipe  # of this folder
 
 from trainer.config import DEFAULTS, FLAG_INFO
 
@@ -245,6 +248,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"flags": flag_table, "files": file_tree},
     "README.es.md": {"flags": functools.partial(flag_table, is_spanish=True), "files": spanish_file_tree},
     "docs/architecture.md": {"drawing": drawing, "layers": layer_table},
+    "docs/recipe.md": {"heads": recipe.heads_table, "recipes": recipe.recipes_table},
 }
 
 

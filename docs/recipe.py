@@ -134,7 +134,9 @@ def baseline_probabilities(values: np.ndarray, labels: np.ndarray, part: tuple) 
 
     training, _, test = part
     folds = min(5, np.bincount(labels[training]).min())
-    search = LogisticRegressionCV(Cs=8, cv=folds, l1_ratios=(0,), max_iter=1000, use_legacy_attributes=False)
+    search = LogisticRegressionCV(
+        Cs=8, cv=folds, scoring="accuracy", l1_ratios=(0,), max_iter=1000, use_legacy_attributes=False
+    )
     with threadpoolctl.threadpool_limits(1):
         model = make_pipeline(StandardScaler(), PCA(), search).fit(values[training], labels[training])
         return model.predict_proba(values[test]), labels[test]

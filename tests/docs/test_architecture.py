@@ -67,7 +67,12 @@ def load_script(name: str) -> types.ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.es.md", "docs/architecture.md"])
+@pytest.fixture(autouse=True)
+def scripts_import_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.es.md", "docs/architecture.md", "docs/recipe.md"])
 def test_generated_parts_are_up_to_date(page):
     text = (ROOT / page).read_text()
     assert load_script("generate").with_generated_parts(page, text) == text, "run: python docs/generate.py"

@@ -187,7 +187,9 @@ def fit_logistic_regression(root: str, weights: str, image_size: str, seed: str)
         batches = [(network(keras.applications.resnet50.preprocess_input(x)).numpy(), y.numpy()) for x, y in dataset]
         features.append(np.concatenate([x for x, _ in batches]))
         labels.append(np.concatenate([y for _, y in batches]))
-    search = LogisticRegressionCV(Cs=8, cv=5, l1_ratios=(0,), max_iter=1000, use_legacy_attributes=False)
+    search = LogisticRegressionCV(
+        Cs=8, cv=5, scoring="accuracy", l1_ratios=(0,), max_iter=1000, use_legacy_attributes=False
+    )
     model = make_pipeline(StandardScaler(), search).fit(features[0], labels[0])
     _print_metrics(model.predict_proba(features[1]), labels[1])
 
