@@ -8,8 +8,11 @@ setup(
     description="From a folder of pictures to a classifier that can be served: one distributed training job.",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["trainer", "trainer.*"]),
-    package_data={"trainer.reporting": ["templates/*"]},
+    # The flag files are deploy/flags in a clone and trainer/flags in the wheel: `--flagfile=article` finds both.
+    packages=[*find_packages(include=["trainer", "trainer.*"]), "trainer.flags"],
+    package_dir={"trainer.flags": "deploy/flags"},
+    package_data={"trainer.reporting": ["templates/*"], "trainer.flags": ["*.flags"]},
+    entry_points={"console_scripts": ["picture-trainer = trainer.__main__:main"]},
     install_requires=[
         "absl-py>=2.1",
         "cloudml-hypertune>=0.1.0.dev6",
@@ -34,7 +37,11 @@ setup(
     ],
     extras_require={
         # TensorFlow is one of these two, so that a machine without a GPU does not download 3 GB of CUDA libraries.
-        "cpu": ["tensorflow-cpu>=2.21"],
+        # tensorflow-cpu has no packages for ARM; on a Mac, tensorflow itself has no CUDA libraries.
+        "cpu": [
+            "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
+        ],
         "gpu": ["tensorflow[and-cuda]>=2.21"],
         "export": ["ai-edge-litert>=2.1", "onnx>=1.18", "onnxruntime>=1.22", "tf2onnx>=1.17"],  # --export_formats
         "deploy": ["google-cloud-aiplatform>=2.0", "pyyaml>=6.0"],  # deploy/submit.py

@@ -21,7 +21,7 @@ TRAINER = ROOT / "trainer"
 # The order in which the file tree lists the modules and packages of trainer/. Others come last.
 COMMANDS = ["task", "predict", "evaluate", "report", "inspect_data", "tune", "benchmark", "serve", "pack"]
 PACKAGES = ["storage", "runtime", "data", "models", "artifacts", "training", "serving", "reporting", "benchmarks"]
-READING_ORDER = [*COMMANDS, "job", "config", "recipes", "cli", "errors", "formatting", *PACKAGES]
+READING_ORDER = ["__main__", *COMMANDS, "job", "config", "recipes", "cli", "errors", "formatting", *PACKAGES]
 # Almost every module imports these two, so that arrows to them would hide the others.
 NOT_DRAWN = {"errors", "formatting"}
 
@@ -63,6 +63,7 @@ PROJECT = {
 }
 
 SPANISH_TRAINER = {
+    "__main__.py": "inicia una orden por su nombre: `picture-trainer train`",
     "task.py": "entrena un clasificador con una carpeta de imágenes y lo exporta",
     "predict.py": "etiqueta imágenes: archivos, carpetas, rutas gs://",
     "evaluate.py": "evalúa uno o varios modelos con una carpeta etiquetada",
@@ -170,7 +171,7 @@ def _in_reading_order(directory: pathlib.Path) -> list[pathlib.Path]:
         return rank, path.is_dir(), path.name
 
     found = [path for path in directory.iterdir() if path.suffix == ".py" or path.is_dir()]
-    return sorted((path for path in found if not path.name.startswith("__")), key=position)
+    return sorted((path for path in found if path.name not in ("__init__.py", "__pycache__")), key=position)
 
 
 def _purpose(path: pathlib.Path) -> str:
@@ -184,7 +185,7 @@ def _purpose(path: pathlib.Path) -> str:
 @functools.cache
 def package_imports() -> dict[str, set[str]]:
     """For each package, top module and the commands together: the others that it imports, also inside functions."""
-    imports: dict[str, set[str]] = {}
+    imports = {"__main__": {"commands"}}  # by name, when it starts one
     for path in sorted(TRAINER.rglob("*.py")):
         if path == TRAINER / "__init__.py":
             continue
@@ -233,7 +234,7 @@ def layer_table() -> str:
 
 
 def _position(package: str) -> int:
-    order = ["commands", *READING_ORDER]
+    order = ["__main__", "commands", *READING_ORDER]
     return order.index(package) if package in order else len(order)
 
 

@@ -10,6 +10,7 @@ from tests.support.paths import ROOT
 COMMANDS = ["task", "predict", "evaluate", "report", "inspect_data", "tune", "benchmark", "serve", "pack"]
 # Top to bottom. A module may import from lower layers and from its own package, never from its own layer's other packages.
 LAYERS = [
+    ["__main__"],  # imports the module of one command by its name, when it starts it
     COMMANDS,
     ["job"],
     ["serving", "benchmarks"],

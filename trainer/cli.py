@@ -8,6 +8,7 @@ import datetime
 import json
 import logging as python_logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,7 +19,22 @@ from typing import Any
 
 from absl import flags, logging
 
-from trainer.errors import UserError
+import trainer
+from trainer.errors import UserError, require_posix
+
+# The commands of picture-trainer and `python -m trainer`, with the modules that they run.
+COMMANDS = {
+    "train": "task",
+    "predict": "predict",
+    "evaluate": "evaluate",
+    "inspect": "inspect_data",
+    "pack": "pack",
+    "serve": "serve",
+    "tune": "tune",
+    "report": "report",
+    "benchmark": "benchmark",
+    "demo": "task",
+}
 
 EXIT_USER_ERROR = 2
 EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h
@@ -51,23 +67,23 @@ def run(main: Callable[[list[str]], int | None], *, define_flags: Callable[[], N
     A UserError, from the flags or from main, is printed as one line on stderr, with exit code 2. So is an OSError of a
     bucket, with exit code 75 for a timeout. Other exceptions keep their traceback and exit code 1: a retry may help.
     """
-    main_module = sys.modules["__main__"]
-    program = f"python -m {main_module.__spec__.name}" if main_module.__spec__ else sys.argv[0]
     define_flags()
     flags.DEFINE_boolean("help", False, "Show this help and exit.", short_name="h")
+    flags.DEFINE_boolean("version", False, "Show the version and exit.")
     _start_logging()
     try:
-        arguments = flags.FLAGS(sys.argv)[1:]
-        if flags.FLAGS.help:
-            print(_help_text(program, main_module.__doc__ or "", sys.argv[0]))
+        arguments = flags.FLAGS([sys.argv[0], *_with_flag_file_paths(sys.argv[1:])])[1:]
+        if flags.FLAGS.help or flags.FLAGS.version:
+            print(_help_text(main.__module__) if flags.FLAGS.help else version())
             sys.exit(0)
+        require_posix()
         logging.set_verbosity(flags.FLAGS.verbosity)
         if logs_json():
             logging.get_absl_handler().setFormatter(_JsonLines())
             python_logging.captureWarnings(True)  # log the warnings of Python as well
         sys.exit(main(arguments) or 0)
     except (flags.Error, UserError) as error:
-        _print_error(error, hint=f"`{program} --help` lists the flags." if isinstance(error, flags.Error) else "")
+        _print_error(error, hint=f"`{program()} --help` lists the flags." if isinstance(error, flags.Error) else "")
         sys.exit(EXIT_USER_ERROR)
     except Exception as error:
         if isinstance(error, OSError) and str(error.filename).startswith("gs://"):
@@ -77,6 +93,26 @@ def run(main: Callable[[list[str]], int | None], *, define_flags: Callable[[], N
             raise
         print(_json_line("CRITICAL", traceback.format_exc()), file=sys.stderr)  # one entry, not one per line
         sys.exit(1)
+
+
+def program() -> str:
+    """This command as the user started it: `picture-trainer train`, `python -m trainer train` or `python -m trainer.task`."""
+    specification = sys.modules["__main__"].__spec__
+    if specification is None or specification.name == "trainer.__main__":
+        return sys.argv[0]
+    return f"python -m {specification.name}"
+
+
+def command(module: str) -> str:
+    """How to start the command of `module`, for example predict, in the way that the user started this one."""
+    prefix, _, own_name = program().rpartition(" ")
+    names = {module: name for name, module in reversed(COMMANDS.items())}
+    return f"{prefix} {names[module]}" if own_name in COMMANDS else f"python -m trainer.{module}"
+
+
+def version() -> str:
+    """The line that --version prints."""
+    return f"picture-trainer {trainer.__version__}"
 
 
 def logs_json() -> bool:
@@ -136,6 +172,13 @@ def import_tensorflow() -> None:
         os.dup2(captured.fileno(), 2)
         try:
             import tensorflow  # noqa: F401
+        except ModuleNotFoundError as error:
+            if error.name != "tensorflow":
+                raise
+            raise UserError(
+                "TensorFlow is not installed: pip install tensorflow-cpu on Linux on x86-64, 'tensorflow[and-cuda]' on "
+                "Linux with an NVIDIA GPU, tensorflow elsewhere."
+            ) from None
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
@@ -174,12 +217,27 @@ def _json_line(severity: str, text: str, seconds: float | None = None) -> str:
     return json.dumps({"severity": severity, "message": text, "time": time.isoformat()}, ensure_ascii=False)
 
 
-def _help_text(program: str, docstring: str, module: str) -> str:
+def _with_flag_file_paths(arguments: list[str]) -> list[str]:
+    """The arguments, with the path of this project's flag file NAME in `--flagfile=NAME`, unless a file has that name."""
+    package = os.path.dirname(__file__)
+
+    def path(match: re.Match[str]) -> str:
+        places = [os.path.join(package, "flags"), os.path.join(os.path.dirname(package), "deploy", "flags")]
+        paths = [match[2], *(os.path.join(place, f"{match[2]}.flags") for place in places)]
+        return match[1] + next(filter(os.path.isfile, paths), match[2])
+
+    return [re.sub(r"^(--?flagfile=)(\w+)$", path, argument) for argument in arguments]
+
+
+def _help_text(module: str) -> str:
     """The docstring of the command, then its flags in the order of definition, with their defaults."""
     width = min(shutil.get_terminal_size().columns, 110)
-    lines = [docstring.strip(), "", f"Flags of {program}:"]
-    key_flags = flags.FLAGS.get_key_flags_for_module(module)  # includes those adopted from other modules
-    common = [flags.FLAGS["verbosity"], flags.FLAGS["help"]]
+    docstring = (sys.modules[module].__doc__ or "").strip()
+    docstring = re.sub(r"\bpython -m trainer\.(\w+)", lambda match: command(match[1]), docstring)
+    lines = [docstring, "", f"Flags of {program()}:"]
+    # absl knows the flags of the main module by the name of the program. Flags adopted from other modules are included.
+    key_flags = flags.FLAGS.get_key_flags_for_module(sys.argv[0] if module == "__main__" else module)
+    common = [flags.FLAGS["verbosity"], flags.FLAGS["help"], flags.FLAGS["version"]]
     for flag in [flag for flag in key_flags if flag not in common] + common:
         values = "|".join(getattr(flag.parser, "enum_values", ()) or ())
         kind = values or flag.flag_type()
@@ -188,5 +246,5 @@ def _help_text(program: str, docstring: str, module: str) -> str:
         indent = " " * 6
         help_text = " ".join((flag.help or "").split()).removeprefix(f"<{values}>: ")  # absl repeats the choices
         lines += textwrap.wrap(help_text + default, width, initial_indent=indent, subsequent_indent=indent)
-    lines += ["  --flagfile=FILE", "      Read flags from a file, one --name=value per line."]
+    lines += ["  --flagfile=FILE", "      Read flags from a file, one --name=value per line; or article or demo."]
     return "\n".join(lines)

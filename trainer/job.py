@@ -488,13 +488,13 @@ def _metrics(job: Job, trainer: Trainer) -> dict[str, Any]:
 
 def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
     example = files.join(finished.data_dir, finished.validation.paths[0])
-    command = ["python", "-m", "trainer.predict", f"--model_dir={finished.model_dir}", example]
+    arguments = shlex.join([f"--model_dir={finished.model_dir}", example])
     lines = [
         f"val_accuracy {values['val_accuracy']:.4f} (epoch {values['best_epoch']}), "
         f"{formatting.duration(values['seconds'])}",
         f"report: {finished.paths.report_page}",
         f"model:  {finished.model_dir}",
         *(f"        {path}" for path in finished.converted_paths),
-        f"try it: {shlex.join(command)}",
+        f"try it: {cli.command('predict')} {arguments}",
     ]
     print("\n".join(lines), flush=True)

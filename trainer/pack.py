@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     with tfds.as_folder(data_dir) as directory:
         num_shards = _pack_folder(directory, output_dir)
     logging.info("%d shards: %s", num_shards, output_dir)
-    print(f"train on them: python -m trainer.task --data_dir={output_dir} --job_dir=...")
+    print(f"train on them: {cli.command('task')} --data_dir={output_dir} --job_dir=...")
 
 
 def _pack_folder(data_dir: str, output_dir: str) -> int:

@@ -6,7 +6,7 @@
         then fine-tunes the whole network
     python -m trainer.task --data_dir=pictures --job_dir=job --dry_run
         shows the plan and writes nothing
-    python -m trainer.task --flagfile=deploy/flags/article.flags --data_dir=pictures --job_dir=job
+    python -m trainer.task --flagfile=article --data_dir=pictures --job_dir=job
         the recipe of the article that this project grew out of
 
 Started again with the same flags, an interrupted job resumes; a finished one only says so.

@@ -327,13 +327,12 @@ class Tuner:
 
     def _print_best(self) -> None:
         best = self._best_trial()
-        command = ["python", "-m", "trainer.task", f"--flagfile={self._study_dir.best_flags}"]
-        command += [f"--data_dir={self._data_dir}", "--job_dir=job"]
+        arguments = [f"--flagfile={self._study_dir.best_flags}", f"--data_dir={self._data_dir}", "--job_dir=job"]
         lines = [
             f"best val_accuracy {best.value:.4f} (trial {best.number} of {len(self._ended())})",
             f"plot:  {self._study_dir.plot}",
             f"model: {JobDir(self._job_dir(best)).saved_model}",
-            f"train with it: {shlex.join(command)}",
+            f"train with it: {cli.command('task')} {shlex.join(arguments)}",
         ]
         print("\n".join(lines), flush=True)
 

@@ -1,7 +1,6 @@
 """The values that describe a benchmark suite, and the readings that every suite takes. Imports no TensorFlow."""
 
 import dataclasses
-import resource
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,6 +60,8 @@ class Usage(NamedTuple):
 
 def read_usage() -> Usage:
     """The usage of this process so far. Only differences between two readings have a meaning."""
+    import resource  # Windows has none; cli.run says so
+
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return Usage(time.monotonic(), own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime)
 

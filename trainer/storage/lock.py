@@ -1,7 +1,6 @@
 """Allows one job at a time on a job_dir, local or in a bucket. The lock of a killed job does not block the next one."""
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from absl import logging
 
-from trainer.errors import UserError
+from trainer.errors import UserError, require_posix
 from trainer.storage import files
 
 LOCK_NAME = "lease.json"
@@ -32,6 +31,9 @@ def hold(directory: str, *, on_lost: Callable[[], None] = lambda: None) -> Itera
         with _hold_object(path, on_lost):
             yield
         return
+    require_posix()
+    import fcntl
+
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
