@@ -1,4 +1,4 @@
-# Requires Python 3.11 with venv, and make. Each target installs what it needs into .venv.
+# Requires Python 3.11 to 3.13 with venv, and make. Each target installs what it needs into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,15 +40,15 @@ audit: $(VENV)/.installed-dev  ## known vulnerabilities of the image's packages;
 	  --requirement=deploy/image/$$variant.txt || exit 1; done
 
 clean:  ## delete the environment, caches and the demo's output
-	rm -rf $(VENV) demo_job build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) demo_job build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 	find trainer tests -name __pycache__ -exec rm -rf {} +
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,dev]'
 	$(BIN)/python tests/support/get_kubectl.py $(BIN)/kubectl
 	touch $@

@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from tests.support.images import write_images
+from tests.support.paths import ROOT
 from tests.support.processes import run_command
 from trainer import cli
 from trainer.config import DEFAULTS
@@ -28,6 +30,85 @@ def main(arguments):
 
 cli.run(main, define_flags=lambda: flags.DEFINE_enum("log_format", "{log_format}", ["text", "json"], "Format."))
 """
+
+
+def test_without_a_command_all_are_listed():
+    listed = run_command("trainer")
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout.startswith("Usage: python -m trainer COMMAND")
+    assert re.findall(r"^  (\w+) ", listed.stdout, re.MULTILINE) == list(cli.COMMANDS)
+    assert set(cli.COMMANDS.values()) == set(COMMANDS)
+    assert run_command("trainer", "--help").stdout == listed.stdout
+
+
+@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean train?"), ("x", "pass one of train, predict")])
+def test_an_unknown_command_is_the_users_error(name, hint):
+    result = run_command("trainer", name, "--help")
+    assert_user_error(result, f"error: {name!r} is not a command: {hint}")
+    assert result.stderr.endswith("\n`python -m trainer --help` lists the commands.\n")
+
+
+def test_a_command_that_is_no_module_is_no_silent_success():
+    result = run_command("trainer.train", "--data_dir=pictures")
+    assert result.returncode != 0
+    assert "No module named trainer.train" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("started", "program"),
+    [
+        (("trainer", "train"), "python -m trainer train"),
+        (("trainer", "demo"), "python -m trainer demo"),
+        (("trainer.task",), "python -m trainer.task"),
+    ],
+)
+def test_the_hint_of_a_wrong_flag_has_the_program_as_it_was_started(started, program):
+    result = run_command(*started, "--imagesize=32")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[1] == f"`{program} --help` lists the flags."
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_the_other_commands_are_named_as_this_one_was_started(module, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["picture-trainer inspect"])
+    name = "train" if module == "task" else module.removesuffix("_data")
+    assert cli.command(module) == f"picture-trainer {name}"
+    monkeypatch.setattr(sys, "argv", ["deploy/submit.py"])
+    assert cli.command(module) == f"python -m trainer.{module}"
+
+
+@pytest.mark.parametrize("option", ["-flagfile", "--flagfile"])
+def test_a_flag_file_of_the_project_is_found_by_name_unless_a_file_has_it(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [f"{option}={ROOT}/deploy/flags/article.flags", "--flagfile=mine", "article"]
+    assert cli._with_flag_file_paths([f"{option}=article", "--flagfile=mine", "article"]) == paths
+    (tmp_path / "article").touch()
+    assert cli._with_flag_file_paths([f"{option}=article"]) == [f"{option}=article"]
+
+
+WITHOUT_MODULES = """
+import runpy, sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None  # cannot be imported
+sys.argv.pop(0)
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["task", "tune", "benchmark", "predict"])
+def test_windows_is_one_line_that_names_wsl(name):
+    """Windows has neither fcntl nor resource."""
+    command = [sys.executable, "-c", WITHOUT_MODULES, "fcntl,resource", f"trainer.{name}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert_user_error(result, "On Windows, install and run the project in WSL")
+    assert result.stderr.count("\n") == 1
+
+
+def test_tensorflow_that_is_not_installed_is_one_line(folders):
+    command = [sys.executable, "-c", WITHOUT_MODULES, "tensorflow", "trainer.report", "--job_dir=job"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert_user_error(result, "TensorFlow is not installed: pip install tensorflow-cpu on Linux")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

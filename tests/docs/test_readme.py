@@ -11,9 +11,10 @@ import sys
 
 import pytest
 
+import trainer
 from tests.support.paths import ROOT
 from tests.support.trainer_flags import flags_of
-from trainer import config, task
+from trainer import cli, config, task
 
 PAGES = ["README.md", "README.es.md", "docs/tutorial.md"]
 README = (ROOT / "README.md").read_text()
@@ -44,9 +45,14 @@ def test_each_command_is_valid(line):
         words = words[words.index("trainer") + 1 :]  # the arguments after the name of the image
         module, words = (words[1], words[2:]) if words[0] == "-m" else ("trainer.task", words)
         flags_of(importlib.import_module(module).define_flags)([sys.executable, *words])
+    elif words[:2] == ["pip", "wheel"]:  # tests/test_install.py builds the wheel
+        assert words[2:] == ["--no-deps", "--wheel-dir=dist", "."]
     elif words[0] == "pip":
-        assert words[:-1] == ["pip", "install", "--constraint", "constraints.txt", "--editable"]
-        assert f'"{words[-1][2:-1]}": [' in (ROOT / "setup.py").read_text()
+        project, _, extra = words[-1].removesuffix("]").partition("[")
+        editable = ["--editable"] if project == "." else []
+        assert words[:-1] == ["pip", "install", "--constraint", "constraints.txt", *editable]
+        assert project in (".", f"dist/picture_trainer-{trainer.__version__}-py3-none-any.whl")
+        assert f'"{extra}": [' in (ROOT / "setup.py").read_text()
     elif words[0] == "source":
         assert f"VENV := {words[1].split('/')[0]}\n" in (ROOT / "Makefile").read_text()
     elif words[:3] == ["kubectl", "apply", "-k"]:  # tests/deploy/test_kubernetes.py checks the overlay
@@ -58,6 +64,8 @@ def test_each_command_is_valid(line):
         assert (ROOT / words[3].removeprefix("--config=")).exists()
         assert words[4:] in ([], ["--dry_run"])
     else:
+        if words[0] == "picture-trainer":
+            words = ["python", "-m", f"trainer.{cli.COMMANDS[words[1]]}", *words[2:]]
         assert words[:2] == ["python", "-m"], "no test checks this kind of command"
         values = flags_of(importlib.import_module(words[2]).define_flags)
         values([sys.executable, *with_flag_files(words[3:])])  # raises for an unknown flag or a wrong value
@@ -109,7 +117,7 @@ def test_the_spanish_readme_has_the_same_numbers_and_files():
 def test_the_spanish_readme_has_a_decimal_comma_in_its_prose():
     code = r"```.*?```|`[^`\n]*`( \| \S+ \|)?|\]\(.*?\)|http\S+"  # with the default of a flag in its table
     prose = re.sub(code, " ", SPANISH_README, flags=re.DOTALL)
-    assert set(re.findall(r"\d\.\d+", prose)) <= {"3.11", "2.0"}  # Python 3.11, Apache-2.0
+    assert set(re.findall(r"\d\.\d+", prose)) <= {"3.11", "3.13", "2.0"}  # Python 3.11 to 3.13, Apache-2.0
     assert not re.findall(r"\b\d{1,3},000\b", prose)
 
 
@@ -159,6 +167,18 @@ def test_each_linked_file_exists():
     for page in pages:
         for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", (ROOT / page).read_text()):
             assert (ROOT / page).parent.joinpath(link).exists(), (page, link)
+
+
+def test_git_ignores_what_the_commands_of_the_readme_write():
+    written = {
+        path.partition("/")[0]
+        for line in commands_of("README.md")
+        for path in re.findall(r"--(?:job_dir|output_dir|report_dir|output|wheel-dir)=(?!gs:|/)(\S+)", line)
+    }
+    assert written >= {"job", "study", "inspection"}
+    paths = [f"{name}/" if "." not in name else name for name in written | {"pictures", "demo_job"}]
+    ignored = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert set(ignored.stdout.split()) == set(paths)
 
 
 def test_the_file_tree_is_complete():
