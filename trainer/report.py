@@ -1,6 +1,6 @@
 """Draws the report of a run from the files in its job_dir.
 
-    python -m trainer.report --job_dir=J
+python -m trainer.report --job_dir=J
 """
 
 from absl import flags, logging

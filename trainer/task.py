@@ -133,7 +133,7 @@ def _check_export_packages(export_formats: str) -> None:
         if missing:
             raise UserError(
                 f"--export_formats={export_formats}: {name} needs packages that are not installed "
-                f"({', '.join(missing)}): pip install --constraint constraints.txt '.[export]', or leave {name} out."
+                f"({', '.join(missing)}): pip install {' '.join(missing)}, or leave {name} out."
             )
 
 

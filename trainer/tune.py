@@ -341,7 +341,7 @@ def _import_optuna() -> ModuleType:
     try:
         import optuna
     except ImportError:
-        raise UserError("Optuna is not installed: pip install '.[tune]'.") from None
+        raise UserError("Optuna is not installed: pip install optuna.") from None
     return optuna
 
 
