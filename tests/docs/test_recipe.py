@@ -23,7 +23,7 @@ def test_the_test_part_of_a_draw_does_not_depend_on_the_number_of_training_image
     labels = np.repeat([0, 1, 2], [30, 20, 6])
     draws = [recipe.draw_parts(labels, size, seed=1) for size in (5, 10, None)]
     for training, validation, test in draws:
-        assert not {*training} & {*validation} and not {*training, *validation} & {*test}
+        assert len({*training, *validation, *test}) == len(training) + len(validation) + len(test)
         np.testing.assert_array_equal(test, draws[0][2])
     assert [len(part) for part in draws[2]] == [19 + 13 + 4, 5 + 3 + 1, 6 + 4 + 1]
     assert [np.bincount(labels[training]).tolist() for training, _, _ in draws[:2]] == [[4, 4, 4], [8, 8, 4]]
