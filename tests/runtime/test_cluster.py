@@ -36,6 +36,27 @@ INDEXED_JOB = {"TRAINER_HOSTS": "3", "TRAINER_JOB": "example-job", "TRAINER_SERV
 JOBSET = {"TRAINER_HOSTS": "4", "JOBSET_NAME": "pytorch", "REPLICATED_JOB_NAME": "workers", "JOB_INDEX": "0"}
 # kubeflow/trainer, pkg/runtime/framework/plugins/xgboost: <trainjob>-node-0-0.<trainjob>
 TRAINJOB = {"TRAINER_HOSTS": "2", "TRAINJOB_NAME": "cats"}
+# What srun of Slurm 22.05 sets in a task of `srun --nodes=2 --ntasks-per-node=1` within `sbatch --nodes=4`.
+SLURM = {
+    "SLURM_JOB_ID": "20117",
+    "SLURM_JOB_NUM_NODES": "4",
+    "SLURM_NNODES": "4",
+    "SLURM_JOB_NODELIST": "gpu[07-10]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "gpu[09-10]",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURMD_NODENAME": "gpu10",
+}
+# The batch script of `sbatch --nodes=4`, without srun.
+SLURM_BATCH = {name: value for name, value in SLURM.items() if "STEP" not in name} | {
+    "SLURM_PROCID": "0",
+    "SLURM_NODEID": "0",
+    "SLURMD_NODENAME": "gpu07",
+}
 
 
 def spec(members, kind, index, **more):
@@ -160,6 +181,34 @@ def single(source):
             {**TRAINJOB, "JOB_COMPLETION_INDEX": "1"},
             several(1, ["cats-node-0-0.cats:2222", "cats-node-0-1.cats:2222"], "TrainJob"),
             id="TrainJob",
+        ),
+        pytest.param(SLURM, several(1, ["gpu09:11872", "gpu10:11873"], "Slurm"), id="Slurm-step-not-job"),
+        pytest.param(
+            {**SLURM, "TRAINER_PORT": "3000"}, several(1, ["gpu09:3000", "gpu10:3001"], "Slurm"), id="Slurm-port"
+        ),
+        pytest.param(  # --distribution=arbitrary
+            {**SLURM, "SLURM_PROCID": "0"}, several(1, ["gpu09:11872", "gpu10:11873"], "Slurm"), id="Slurm-task-order"
+        ),
+        pytest.param(
+            {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "gpu08", "SLURM_NODEID": "0"},
+            single("a Slurm step of one task"),
+            id="Slurm-one-task",
+        ),
+        pytest.param(
+            {**SLURM_BATCH, "SLURM_JOB_NUM_NODES": "1"}, single("a Slurm job without srun"), id="Slurm-one-node-no-srun"
+        ),
+        pytest.param(
+            {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "4"}, single("a Slurm job without srun"), id="Slurm-salloc"
+        ),
+        pytest.param(
+            {**SLURM, "TF_CONFIG": spec({"worker": TUTORIAL}, "worker", 1)},
+            several(1, TUTORIAL, "TF_CONFIG"),
+            id="TF_CONFIG-wins-in-Slurm",
+        ),
+        pytest.param(
+            {**SLURM, **TRAINJOB, "JOB_COMPLETION_INDEX": "1"},
+            several(1, ["cats-node-0-0.cats:2222", "cats-node-0-1.cats:2222"], "TrainJob"),
+            id="TrainJob-wins-in-Slurm",
         ),
     ],
 )
@@ -303,6 +352,29 @@ def test_each_platform_is_read(environment, expected):
             ["'my job-node-0-0.my job:2222' is not an address"],
             id="name-with-a-space",
         ),
+        pytest.param(
+            SLURM_BATCH, ["SLURM_JOB_NUM_NODES='4'", "only the first node", "srun --ntasks-per-node=1"], id="no-srun"
+        ),
+        pytest.param(
+            {**SLURM, "SLURM_STEP_NUM_TASKS": "4"},
+            ["SLURM_STEP_NUM_TASKS='4'", "one task per node", "srun --ntasks-per-node=1"],
+            id="Slurm-two-tasks-per-node",
+        ),
+        pytest.param(
+            {**SLURM, "SLURM_NODEID": "2"}, ["SLURM_NODEID is '2'", "from 0 to 1"], id="Slurm-index-too-large"
+        ),
+        pytest.param(  # sbatch in a shell of another job passes that job's variables on to a script without srun
+            {**SLURM_BATCH, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "cpu[1-2]"},
+            ["SLURMD_NODENAME='gpu07'", "those of another step"],
+            id="Slurm-variables-of-another-step",
+        ),
+        pytest.param(
+            {**SLURM, "SLURM_STEP_NODELIST": "gpu[9-"}, ["'gpu[9-' is not a node list"], id="Slurm-open-bracket"
+        ),
+        pytest.param({**SLURM, "SLURM_STEP_NODELIST": ""}, ["'' is not a node list"], id="Slurm-no-nodes"),
+        pytest.param(
+            {**SLURM, "TRAINER_PORT": "65535"}, ["'gpu10:65536' is not an address"], id="Slurm-port-too-large"
+        ),
     ],
 )
 def test_an_incomplete_or_wrong_cluster_is_a_one_line_error(environment, texts):
@@ -311,6 +383,35 @@ def test_an_incomplete_or_wrong_cluster_is_a_one_line_error(environment, texts):
     message = str(caught.value)
     assert "\n" not in message
     assert [text for text in texts if text not in message] == [], message
+
+
+# https://slurm.schedmd.com/scontrol.html, "show hostnames"
+@pytest.mark.parametrize(
+    ("node_list", "names"),
+    [
+        ("login", ["login"]),
+        ("n[1-3]", ["n1", "n2", "n3"]),
+        ("n[1,3-4],login,gpu[08-11]-ib", "n1 n3 n4 login gpu08-ib gpu09-ib gpu10-ib gpu11-ib".split()),
+        ("rack[0-1]n[09-10]", ["rack0n09", "rack0n10", "rack1n09", "rack1n10"]),
+        ("10.0.0.[7,9]", ["10.0.0.7", "10.0.0.9"]),
+        ("n[099-101]", ["n099", "n100", "n101"]),
+    ],
+)
+def test_a_node_list_of_slurm_is_expanded(node_list, names):
+    environment = {**SLURM, "SLURM_STEP_NODELIST": node_list, "SLURM_STEP_NUM_TASKS": str(len(names) + 1)}
+    environment["SLURM_STEP_NODELIST"] += ",last"
+    environment |= {"SLURM_NODEID": "0", "SLURMD_NODENAME": names[0]}
+    addresses = cluster.resolve(environment).addresses
+    assert [address.rpartition(":")[0] for address in addresses] == [*names, "last"]
+
+
+def test_jobs_of_slurm_with_successive_numbers_use_other_ports():
+    ports = set()
+    for job in range(20000, 21250):
+        addresses = cluster.resolve({**SLURM, "SLURM_JOB_ID": str(job)}).addresses
+        ports |= {int(address.rpartition(":")[2]) for address in addresses}
+    assert len(ports) == 2 * 1250
+    assert max(ports) < 32768  # the first ephemeral port of Linux
 
 
 TASKS = {
@@ -322,6 +423,7 @@ TASKS = {
     "Indexed-Job": [{**INDEXED_JOB, "JOB_COMPLETION_INDEX": str(i)} for i in range(3)],
     "JobSet": [{**JOBSET, "JOB_COMPLETION_INDEX": str(i)} for i in range(4)],
     "TrainJob": [{**TRAINJOB, "JOB_COMPLETION_INDEX": str(i)} for i in range(2)],
+    "Slurm": [{**SLURM, "SLURM_NODEID": str(i), "SLURMD_NODENAME": name} for i, name in enumerate(("gpu09", "gpu10"))],
 }
 
 

@@ -8,6 +8,8 @@
 | JobSet             | TRAINER_HOSTS, JOBSET_NAME, REPLICATED_JOB_NAME, | <set>-<replicated job>-0-<i>.<set>:     |
 |                    | JOB_INDEX                                        | <port>                                  |
 | Indexed Job        | TRAINER_HOSTS, TRAINER_JOB, TRAINER_SERVICE      | <job>-<i>.<service>:<port>              |
+| Slurm              | SLURM_JOB_ID, SLURM_STEP_NUM_TASKS,              | <node i>:<port + i>                     |
+|                    | SLURM_STEP_NODELIST, SLURM_NODEID                |                                         |
 | one host           | none of these                                    | none                                    |
 
 Vertex AI and TFJob set their variables, Kubernetes sets the index <i>, JOB_COMPLETION_INDEX; the pod template sets the
@@ -18,11 +20,16 @@ from jobset.sigs.k8s.io/replicatedjob-name; JOB_INDEX from jobset.sigs.k8s.io/jo
 Service, also replaces the subdomain of a JobSet or TrainJob that has its own. TRAINER_PORT is 2222 unless set.
 Exactly one of TRAINJOB_NAME, JOBSET_NAME and TRAINER_JOB is set, unless there is only one host.
 
+Slurm's srun sets the variables of its step, one task per node. Those of the job (SLURM_NTASKS, SLURM_JOB_NODELIST) may
+differ and do not count (tensorflow#36094). The first port is derived from SLURM_JOB_ID unless TRAINER_PORT is set; ports
+are consecutive, because several slurmd may share one machine. Slurm selects the GPUs by CUDA_VISIBLE_DEVICES.
+
 An incomplete configuration is a UserError: workers that each train alone would overwrite each other's files in job_dir.
 The chief evaluates: an evaluator is not counted as a worker, and raises a UserError when it starts.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import socket
@@ -52,6 +59,17 @@ _KUBERNETES = (
     "JOB_INDEX",
     "JOB_COMPLETION_INDEX",
 )
+_SLURM = (
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_NODELIST",
+    "SLURM_NODEID",
+    "SLURMD_NODENAME",
+    "TRAINER_PORT",
+)
+_NODE_LIST = re.compile(r"[^\s,\[\]]*(?:\[[0-9]{1,6}(?:-[0-9]{1,6})?(?:,[0-9]{1,6}(?:-[0-9]{1,6})?)*\][^\s,\[\]]*)*")
 _ADDRESS = re.compile(r"(\w[\w.-]*|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", re.ASCII)  # host, port
 
 
@@ -74,7 +92,10 @@ def resolve(environment: Mapping[str, str]) -> Cluster:
     for variable in _ROLES:
         if cluster := _from_json(variable, environment.get(variable, "").strip()):
             return cluster
-    return _from_kubernetes({name: environment.get(name, "").strip() for name in _KUBERNETES})
+    kubernetes = {name: environment.get(name, "").strip() for name in _KUBERNETES}
+    if environment.get("SLURM_JOB_ID") and not any(kubernetes[name] for name in _KUBERNETES if name != "TRAINER_PORT"):
+        return _from_slurm({name: environment.get(name, "").strip() for name in _SLURM})
+    return _from_kubernetes(kubernetes)
 
 
 def tf_config(cluster: Cluster) -> str:
@@ -214,6 +235,60 @@ def _kubernetes_addresses(
     return source, [f"{host}-{i}.{service or name}:{port}" for i in range(workers)]
 
 
+def _from_slurm(values: Mapping[str, str]) -> Cluster:
+    """Returns the cluster of the tasks of a Slurm step, or a single worker if srun did not start this process."""
+    received = ", ".join(f"{name}={value!r}" for name, value in values.items() if value)
+    if not values["SLURM_STEP_NUM_TASKS"]:
+        # In a batch script, SLURM_PROCID is set without srun too; in a shell of salloc it is not.
+        if values["SLURM_PROCID"] and values["SLURM_JOB_NUM_NODES"] not in ("", "1"):
+            raise UserError(
+                f"{received}; expected the variables of a step, because only the first node of the job would train: "
+                "start the trainer with srun --ntasks-per-node=1, or request --nodes=1."
+            )
+        return _make_cluster([], index=0, source="a Slurm job without srun", received=received)
+    workers = _parse_number("SLURM_STEP_NUM_TASKS", values["SLURM_STEP_NUM_TASKS"], low=1, high=1000, received=received)
+    if workers == 1:
+        return _make_cluster([], index=0, source="a Slurm step of one task", received=received)
+    nodes = _expand_node_list(values["SLURM_STEP_NODELIST"], received=received)
+    if len(nodes) != workers:
+        raise UserError(
+            f"{received}; expected one task per node, because the trainer uses all GPUs of its node: start it with srun "
+            "--ntasks-per-node=1."
+        )
+    # SLURM_PROCID is in the order of --distribution, which may not be that of the node list.
+    index = _parse_number("SLURM_NODEID", values["SLURM_NODEID"], low=0, high=workers - 1, received=received)
+    if values["SLURMD_NODENAME"] not in ("", nodes[index]):
+        raise UserError(
+            f"{received}; expected node {index} of the list to be SLURMD_NODENAME: the variables are those of another "
+            "step, from which this job was submitted: start the trainer with srun."
+        )
+    # Below the ephemeral ports, which begin at 32768. 16 apart, so that jobs on one node rarely choose the same ports.
+    job = _parse_number("SLURM_JOB_ID", values["SLURM_JOB_ID"], low=1, high=2**32, received=received)
+    port = _parse_number(
+        "TRAINER_PORT", values["TRAINER_PORT"] or 10000 + job % 1250 * 16, low=1, high=65535, received=received
+    )
+    addresses = [f"{node}:{port + i}" for i, node in enumerate(nodes)]
+    return _make_cluster(addresses, index=index, source="Slurm", received=received)
+
+
+def _expand_node_list(text: str, *, received: str) -> list[str]:
+    """Returns the names in a node list of Slurm: `rack[0-1]n[08-09],login` is rack0n08, rack0n09, rack1n08, ..., login."""
+    names: list[str] = []
+    for part in re.split(r",(?![^\[]*\])", text):  # at the commas outside of brackets
+        if not part or not _NODE_LIST.fullmatch(part):
+            raise UserError(f"{received}; {part!r} is not a node list of Slurm, expected names such as n[1-3,07]-ib.")
+        pieces = re.split(r"\[(.*?)\]", part)  # text and ranges by turns
+        choices = [_expand_ranges(piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
+        names += ["".join(choice) for choice in itertools.product(*choices)]
+    return names
+
+
+def _expand_ranges(text: str) -> list[str]:
+    """Returns the numbers of `1-3,07` with their leading zeros."""
+    bounds = [(low, high or low) for low, _, high in (item.partition("-") for item in text.split(","))]
+    return [f"{number:0{len(low)}d}" for low, high in bounds for number in range(int(low), int(high) + 1)]
+
+
 def _make_cluster(addresses: list, *, index: int, source: str, received: str) -> Cluster:
     """Returns the cluster of these addresses. Raises UserError for one that is malformed or listed twice."""
     for address in addresses:
@@ -229,7 +304,7 @@ def _make_cluster(addresses: list, *, index: int, source: str, received: str) ->
 
 def _parse_number(name: str, value: Any, *, low: int, high: int, received: str, hint: str = "") -> int:
     # Digits in quotes are valid: TensorFlow accepts them, and manifests that substitute a variable contain them.
-    if not re.fullmatch(r"[0-9]{1,9}", str(value)) or not low <= int(value) <= high:
+    if not re.fullmatch(r"[0-9]{1,10}", str(value)) or not low <= int(value) <= high:
         raise UserError(f"{received}; {name} is {value!r}, expected a number from {low} to {high}{hint}.")
     return int(value)
 
@@ -246,9 +321,9 @@ def _wait_for_name(host: str, *, worker: str, deadline: float, timeout_secs: flo
             if remaining_secs <= 0:
                 raise UserError(
                     f"The name {host} of {worker} did not resolve in {timeout_secs:g} s: {error}. Expected a running "
-                    "host: check that its pod is scheduled, that the headless Service selects it and publishes "
-                    "not-ready addresses, that the pod template's subdomain is that Service, and that the names in "
-                    "the environment are right."
+                    "host: check that the names in the environment are right; on Kubernetes, that its pod is scheduled, "
+                    "that the headless Service selects it and publishes not-ready addresses, and that the pod template's "
+                    "subdomain is that Service."
                 ) from error
         if not is_logged:
             logging.info("Waiting up to %.0f s for the name %s of %s.", remaining_secs, host, worker)
