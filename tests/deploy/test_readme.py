@@ -21,6 +21,10 @@ def test_the_kubernetes_table_lists_every_overlay():
     assert table("Kubernetes") == {path.name for path in (ROOT / "deploy" / "kubernetes" / "overlays").iterdir()}
 
 
+def test_the_slurm_table_lists_every_file():
+    assert table("Slurm") - {"scancel"} == {path.name for path in (ROOT / "deploy" / "slurm").iterdir()}
+
+
 def test_every_file_that_the_page_names_exists():
     named = set(re.findall(r"(?:deploy|tests)/[\w./-]*\w", README)) | {"cloudbuild.yaml"}
     assert len(named) >= 6

@@ -391,7 +391,7 @@ def test_an_incomplete_or_wrong_cluster_is_a_one_line_error(environment, texts):
     [
         ("login", ["login"]),
         ("n[1-3]", ["n1", "n2", "n3"]),
-        ("n[1,3-4],login,gpu[08-11]-ib", "n1 n3 n4 login gpu08-ib gpu09-ib gpu10-ib gpu11-ib".split()),
+        ("n[1,3-4],login,gpu[08-11]-ib", ["n1", "n3", "n4", "login", "gpu08-ib", "gpu09-ib", "gpu10-ib", "gpu11-ib"]),
         ("rack[0-1]n[09-10]", ["rack0n09", "rack0n10", "rack1n09", "rack1n10"]),
         ("10.0.0.[7,9]", ["10.0.0.7", "10.0.0.9"]),
         ("n[099-101]", ["n099", "n100", "n101"]),
