@@ -183,11 +183,11 @@ def find_task(job: str, node: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_job_on_two_nodes_each_killed_once_equals_one_process(cluster, tmp_path):
+def test_a_job_on_two_nodes_whose_chief_is_killed_equals_one_process(cluster, tmp_path):
     images = write_images(tmp_path / "pictures", {"a": 40, "b": 30, "c": 25}, noise=90)
     weights = tmp_path / "given.weights.h5"
     weights.write_bytes(b"")  # tiny_job.py does not load it
-    flags = [*resumable_job.FLAGS, "--head_epochs=3", "--epochs=3", f"--data_dir={images}", f"--weights={weights}"]
+    flags = [*resumable_job.FLAGS, "--head_epochs=0", "--epochs=4", f"--data_dir={images}", f"--weights={weights}"]
 
     def submit(file: str, name: str) -> str:
         return cluster.submit(
@@ -196,13 +196,12 @@ def test_a_job_on_two_nodes_each_killed_once_equals_one_process(cluster, tmp_pat
         )  # fmt: skip
 
     job = submit(SEVERAL_NODES, "two")
-    for node, epoch in ((1, "epoch 2 (head)"), (0, "epoch 4 (all)")):
-        cluster.wait_until(lambda epoch=epoch: epoch in cluster.output(job), secs=300, what=lambda: cluster.output(job))
-        os.kill(find_task(job, node), signal.SIGKILL)
-        cluster.wait_for(job, "Restarts", str(2 - node), secs=120)
+    cluster.wait_until(lambda: "epoch 2 (all)" in cluster.output(job), secs=300, what=lambda: cluster.output(job))
+    os.kill(find_task(job, node=0), signal.SIGKILL)
+    cluster.wait_for(job, "Restarts", "1", secs=120)
     cluster.wait_for(job, "JobState", "COMPLETED", secs=300)
     output = cluster.output(job)
-    assert output.count("Resuming from the checkpoint") == 4, output
+    assert output.count("Resuming from the checkpoint") == 2, output  # both workers
     assert "Exit code 137: requeueing" in output
     assert "Traceback" not in output
     job = submit(ONE_GPU, "one")
@@ -210,6 +209,5 @@ def test_a_job_on_two_nodes_each_killed_once_equals_one_process(cluster, tmp_pat
     one, two = (read_result(tmp_path / name) for name in ("one", "two"))
     assert [result["metrics"]["workers"] for result in (one, two)] == [1, 2]
     names = ["loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"]
-    rows = [[[float(row[name]) for name in names] for row in result["history"]] for result in (one, two)]
-    np.testing.assert_allclose(rows[0][:3], rows[1][:3], rtol=1e-4)  # the head
-    np.testing.assert_allclose([row[0] for row in rows[0]], [row[0] for row in rows[1]], rtol=2e-3)
+    values = [[[float(row[name]) for name in names] for row in result["history"]] for result in (one, two)]
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-3)
