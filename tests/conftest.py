@@ -12,8 +12,8 @@ from trainer import cli
 pytest.register_assert_rewrite("tests.support.browser")  # its asserts show the values that they compare
 from tests.support import browser  # noqa: E402
 
-# Where the tests themselves run in Kubernetes or on Vertex AI, the commands must still behave as on a laptop.
-for name in [name for name in os.environ if name in cli.PLATFORM_VARIABLES or name.startswith("AIP_")]:
+# Where the tests themselves run in Kubernetes, on Vertex AI or on Slurm, the commands must still behave as on a laptop.
+for name in [name for name in os.environ if name in cli.PLATFORM_VARIABLES or name.startswith(("AIP_", "SLURM"))]:
     del os.environ[name]
 
 for name, value in cli.TENSORFLOW_ENVIRONMENT.items():  # as the commands set it
