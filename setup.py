@@ -26,6 +26,7 @@ setup(
         "numpy>=1.26",
         "imagehash>=4.3",
         "pillow>=10.3",
+        "prometheus-client>=0.21",
         "psutil>=5.9",
         "scikit-learn>=1.8",
         "starlette>=1.0",

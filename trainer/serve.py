@@ -4,13 +4,20 @@ r"""Serves a trained model over HTTP: a page to drop images on, and JSON in the 
         then open http://127.0.0.1:8080 and drop images on it
     curl http://127.0.0.1:8080/predict --data "{\"instances\": [{\"bytes\": {\"b64\": \"$(base64 -w0 photo.jpg)\"}}]}"
 
+    curl http://127.0.0.1:8080/predict --form image=@photo.jpg
+    curl http://127.0.0.1:8080/predict --header "Content-Type: image/jpeg" --data-binary @photo.jpg
+
 POST /predict takes {"instances": [{"bytes": {"b64": "..."}}, ...]} and returns {"predictions": [...]}, each with label,
 probability and probabilities, or with error, the reason why that image has no prediction; other images are not affected.
-{"instances": [...], "parameters": {"explain": true}} adds heatmap: rows of 0 to 1, high where the image supports the label.
-GET /health returns 200 and the class names when the model is loaded, 503 before.
+It also takes one image file, or a form with image files; each may be compressed with gzip. So does the path of
+TensorFlow Serving, /v1/models/NAME:predict. {"instances": [...], "parameters": {"explain": true}}, or ?explain=true, adds
+heatmap: rows of 0 to 1, high where the image supports the label.
+GET /health returns 200 and the class names when the model is loaded, 503 before. GET /metrics is for Prometheus.
 
-In a Vertex AI prediction container it listens on all addresses at AIP_HTTP_PORT, with the routes AIP_HEALTH_ROUTE and
-AIP_PREDICT_ROUTE and the model of AIP_STORAGE_URI. After SIGTERM it completes the requests in progress and ends.
+A Host that is a public domain, or an Origin other than this server, is refused unless a flag allows it: otherwise each
+web page that you open could use the server. In a Vertex AI prediction container every Host is allowed, and the server
+listens on all addresses at AIP_HTTP_PORT, with the routes AIP_HEALTH_ROUTE and AIP_PREDICT_ROUTE and the model of
+AIP_STORAGE_URI. After SIGTERM it completes the requests in progress and ends.
 """
 
 import os
@@ -42,7 +49,18 @@ def define_flags() -> None:
         "max_megapixels", 50, "Largest image; a transparent PNG takes 25 bytes per pixel.", lower_bound=1
     )
     flags.DEFINE_float(
-        "timeout_secs", 60, "A request that takes longer ends with an error (408, 503).", lower_bound=0.1
+        "timeout_secs", 60, "A request that takes longer to arrive (408), or to answer (503), fails.", lower_bound=0.1
+    )
+    flags.DEFINE_float("decode_timeout_secs", 10, "An image that takes longer to decode is an error.", lower_bound=0.1)
+    flags.DEFINE_integer("decoders", 2, "Processes that decode images, one at a time each.", lower_bound=1)
+    flags.DEFINE_list(
+        "allowed_hosts",
+        [],
+        "Public domains by which clients reach the server, or * for all. Addresses and local names are always allowed. "
+        "Default: * if AIP_HTTP_PORT is set.",
+    )
+    flags.DEFINE_list(
+        "allowed_origins", [], "Origins, as https://example.com, whose web pages may use the server, or * for all."
     )
 
 
@@ -55,6 +73,8 @@ def with_environment(values: dict, given: set[str], environment: Mapping[str, st
         values["port"] = int(environment["AIP_HTTP_PORT"])
     if "host" not in given and "AIP_HTTP_PORT" in environment:
         values["host"] = "0.0.0.0"
+    if "allowed_hosts" not in given and "AIP_HTTP_PORT" in environment:
+        values["allowed_hosts"] = ["*"]  # the name of the endpoint is not known here, and it requires a token
     for name in ("predict_route", "health_route"):
         values[name] = environment.get(f"AIP_{name.upper()}", values[name])
     return values
@@ -64,7 +84,19 @@ def main(arguments: list[str]) -> int:
     """Serves until a signal arrives."""
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --model_dir={arguments[0]} if it is the model.")
-    names = ("model_dir", "host", "port", "max_request_mb", "max_requests", "max_megapixels", "timeout_secs")
+    names = [
+        "model_dir",
+        "host",
+        "port",
+        "max_request_mb",
+        "max_requests",
+        "max_megapixels",
+        "timeout_secs",
+        "decode_timeout_secs",
+        "decoders",
+        "allowed_hosts",
+        "allowed_origins",
+    ]
     given = {name for name in names if flags.FLAGS[name].present}
     values = with_environment(cli.flag_values(names), given, os.environ)
     model_dir = values["model_dir"]
@@ -74,7 +106,7 @@ def main(arguments: list[str]) -> int:
         classifier.check_model_dir(model_dir)  # before TensorFlow's import, which takes seconds
 
     from trainer.serving import server
-    from trainer.serving.app import Limits
+    from trainer.serving.app import Access, Limits
 
     def load() -> Classifier:
         cli.import_tensorflow()
@@ -91,9 +123,15 @@ def main(arguments: list[str]) -> int:
             max_concurrent_requests=values["max_requests"],
             max_image_pixels=values["max_megapixels"] * 10**6,
             timeout_secs=values["timeout_secs"],
+            decode_timeout_secs=values["decode_timeout_secs"],
+            num_decoders=values["decoders"],
         ),
-        predict_route=values["predict_route"],
-        health_route=values["health_route"],
+        Access(
+            predict_route=values["predict_route"],
+            health_route=values["health_route"],
+            allowed_hosts=tuple(values["allowed_hosts"]),
+            allowed_origins=tuple(values["allowed_origins"]),
+        ),
     )
     logging.info("Stopped.")
     return 0

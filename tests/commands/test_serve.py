@@ -2,22 +2,27 @@
 
 import base64
 import concurrent.futures
+import contextlib
+import gzip
 import http.client
 import io
 import json
 import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import time
 
 import numpy as np
 import psutil
 import pytest
+import requests
 from PIL import Image
 from playwright import sync_api
 
-from tests.support import browser
+from tests.support import browser, slow_images, soak
 from tests.support.paths import ROOT
 from tests.support.processes import run_command
 from tests.support.server import Server
@@ -30,10 +35,10 @@ sync_api.expect.set_options(timeout=60_000)  # milliseconds; a slow machine is n
 
 @pytest.fixture(scope="module")
 def server(tiny_model_dir):
-    server = Server(f"--model_dir={tiny_model_dir}", "--port={port}")
+    server = Server(f"--model_dir={tiny_model_dir}", "--port={port}", "--decode_timeout_secs=2", max_descriptors=1024)
     server.wait_until_ready()
     yield server
-    server.process.kill()
+    server.kill()
 
 
 @pytest.mark.slow
@@ -172,13 +177,163 @@ def test_the_curl_command_of_the_readme_returns_a_prediction(server, tmp_path):
     assert json.loads(process.stdout)["predictions"][0]["label"] == CLASS_NAMES[0]
 
 
+def predictions_of(response) -> list[str]:
+    assert response.status == 200, response
+    return [prediction["label"] for prediction in response.value["predictions"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [
+    "/predict", "/predict/", "/v1/models/any:predict", "/v1/models/any:predict/", "/v1/models/any/versions/3:predict",
+])  # fmt: skip
+def test_requests_are_answered_as_people_send_them(server, path):
+    image, text = make_image(2), base64.b64encode(make_image(2)).decode()
+    body = json.dumps({"instances": [{"b64": text.rstrip("=")}, {"b64": f"data:image/jpeg;base64,{text}"}]})
+    assert predictions_of(server.request("POST", path, body, Content_Type="application/json")) == ["blue"] * 2
+    compressed = gzip.compress(body.encode())
+    response = server.request("POST", path, compressed, Content_Type="application/json", Content_Encoding="gzip")
+    assert predictions_of(response) == ["blue"] * 2
+    assert predictions_of(server.request("POST", path, image, Content_Type="image/jpeg")) == ["blue"]
+    url = f"http://127.0.0.1:{server.port}{path}?explain=true"
+    files = [("image", make_image(0)), ("image", image)]
+    explained = requests.post(url, files=files, timeout=60).json()["predictions"]
+    assert [prediction["label"] for prediction in explained] == [CLASS_NAMES[0], "blue"]
+    assert len(explained[0]["heatmap"]) == 8
+    refused = server.request("POST", path, body, Content_Type="text/plain")
+    assert (refused.status, "as application/json" in refused.value["error"]) == (415, True)
+
+
+@pytest.mark.slow
+def test_tensorflow_serving_reports_its_model(server):
+    for path in ("/v1/models/any", "/v1/models/any/versions/1"):
+        (state,) = server.request("GET", path).value["model_version_status"]
+        assert (state["version"], state["state"], state["status"]["error_code"]) == ("1", "AVAILABLE", "OK")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/predict"])
+def test_a_foreign_host_or_origin_is_refused_everywhere(server, path):
+    method = "POST" if path == "/predict" else "GET"
+    for headers in (
+        {"Host": f"attacker.example:{server.port}"},
+        {"Origin": "https://attacker.example"},
+        {"Origin": "null", "Content_Type": "application/json"},
+        {"Origin": f"http://127.0.0.1:{server.port + 1}", "Content_Type": "image/jpeg"},
+    ):
+        response = server.request(method, path, b"{}", **headers)
+        assert (response.status, "is not allowed: start the server with --allowed_" in response.value["error"]) == (
+            403,
+            True,
+        )
+        assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.slow
+def test_a_slow_image_is_an_error_and_does_not_block_other_clients(server):
+    with concurrent.futures.ThreadPoolExecutor(1) as clients:
+        slow = clients.submit(server.classify, slow_images.many_scans(450))
+        while not slow.done():
+            started = time.monotonic()
+            assert predictions_of(server.classify(make_image(1))) == [CLASS_NAMES[1]]
+            assert server.request("GET", "/health").status == 200
+            assert time.monotonic() - started < 2
+    (prediction,) = slow.result().value["predictions"]
+    assert prediction["error"].startswith("cannot be decoded within 2 seconds")
+    assert "trainer_serve_killed_decoders_total 1.0" in server.request("GET", "/metrics").value
+
+
+@pytest.mark.slow
+def test_silent_connections_are_replaced_and_closed(server):
+    """More than the server has file descriptors. /health and predictions are answered all the time."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    address = ("127.0.0.1", server.port)
+    connections = [socket.create_connection(address, timeout=60) for _ in range(1100)]
+    try:
+        for connection in connections[::2]:
+            with contextlib.suppress(ConnectionError):  # replaced already
+                connection.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+        for _ in range(20):
+            started = time.monotonic()
+            assert server.request("GET", "/health").status == 200
+            assert time.monotonic() - started < 1
+        assert predictions_of(server.classify(make_image(1))) == [CLASS_NAMES[1]]
+        assert number_of_connections(server) <= 512
+        connections[-1].settimeout(60)
+        assert connections[-1].recv(1) == b""  # the timeout of the header
+        assert number_of_connections(server) == 1  # that of this request
+    finally:
+        for connection in connections:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def number_of_connections(server: Server) -> int:
+    (line,) = re.findall(r"^trainer_serve_connections (.*)$", server.request("GET", "/metrics").value, re.MULTILINE)
+    return int(float(line))
+
+
+@pytest.mark.slow
+def test_large_json_takes_bounded_memory_and_health_is_answered(server):
+    process = psutil.Process(server.process.pid)
+    body = b'{"instances":[' + b"[]," * (10 * 2**20) + b"[]]}"  # 31 MB
+    before, peak, slowest = process.memory_info().rss, 0, 0.0
+    with concurrent.futures.ThreadPoolExecutor(6) as clients:
+        pending = [clients.submit(server.request, "POST", "/predict", body) for _ in range(6)]
+        while not all(request.done() for request in pending):
+            started = time.monotonic()
+            assert server.request("GET", "/health").status == 200
+            slowest = max(slowest, time.monotonic() - started)
+            peak = max(peak, process.memory_info().rss)
+    assert {(response.result().status, response.result().value["error"][:45]) for response in pending} == {
+        (413, "The request has more than 10000 JSON values, ")
+    }
+    assert slowest < 1
+    assert peak - before < 10 * len(body)  # the six bodies, some of them twice
+
+
+@pytest.mark.slow
+def test_metrics_count_what_the_server_did(server):
+    before = metrics_of(server)
+    assert predictions_of(server.classify(make_image(0), make_image(1))) == list(CLASS_NAMES[:2])
+    server.request("POST", "/predict", b"{", Content_Type="text/plain")
+    after = metrics_of(server)
+    for name, difference in [
+        ('requests_total{status="200"}', 1),
+        ('requests_total{status="415"}', 1),
+        ("request_seconds_count", 2),
+        ('images_total{result="classified"}', 2),
+        ("batch_images_sum", 2),
+        ("requests_in_progress", 0),
+        ("request_bytes", 0),
+        ("queue_images", 0),
+    ]:
+        assert after[f"trainer_serve_{name}"] - before.get(f"trainer_serve_{name}", 0) == difference, name
+
+
+def metrics_of(server: Server) -> dict[str, float]:
+    lines = [line.rsplit(" ", 1) for line in server.request("GET", "/metrics").value.splitlines() if line[0] != "#"]
+    return {name: float(value) for name, value in lines}
+
+
+@pytest.mark.slow
+def test_good_clients_are_served_among_bad_ones(server):
+    result = soak.run(server, 30)
+    assert not result.failures, result.summary()
+    assert np.percentile(result.health_secs, 99) < 1, result.summary()
+    assert result.memory_growth_mib() < 200, result.summary()
+    assert result.log_bytes < 2**20, result.summary()
+    assert {"slow image: 200 error", "origin: 403", "host: 403", "text/plain: 415"} <= set(result.attacks)
+
+
 @pytest.fixture
 def vertex_server(tiny_model_dir):
     """A server as Vertex AI starts it, with small limits."""
     server = Server(
         "--max_request_mb=1",
         "--max_requests=1",
-        "--timeout_secs=3",
+        "--timeout_secs=5",
+        "--decoders=1",
         health="/ping",
         predict="/v1/endpoints/7:predict",
         AIP_HTTP_PORT="{port}",
@@ -188,7 +343,7 @@ def vertex_server(tiny_model_dir):
     )
     server.wait_until_ready()
     yield server
-    server.process.kill()
+    server.kill()
 
 
 @pytest.mark.slow
@@ -198,14 +353,22 @@ def test_vertex_sets_port_routes_and_model_and_the_limits_hold(vertex_server):
     assert vertex_server.classify(make_image(1)).value["predictions"][0]["label"] == CLASS_NAMES[1]
     too_large = vertex_server.classify(bytes(2**20))
     assert (too_large.status, "larger than 1 MiB" in too_large.value["error"]) == (413, True)
+    assert vertex_server.request("GET", "/ping", Host="7.us-central1-123.prediction.vertexai.goog").status == 200
+    assert vertex_server.request("GET", "/ping", Host="a.example", Origin="https://b.example").status == 403
     slow = http.client.HTTPConnection("127.0.0.1", vertex_server.port, timeout=30)
     slow.request("POST", vertex_server.predict, headers={"Content-Length": "1000"}, body=b"{")
     time.sleep(0.5)
-    busy = vertex_server.classify(make_image(1))
-    assert (busy.status, busy.headers["Retry-After"]) == (503, "1")
+    assert vertex_server.classify(make_image(1)).status == 200  # a slow client does not block another
     response = slow.getresponse()
     assert response.status == 408
-    assert "did not arrive within 3 seconds" in json.loads(response.read())["error"]
+    assert "did not arrive within 5 seconds" in json.loads(response.read())["error"]
+    with concurrent.futures.ThreadPoolExecutor(1) as clients:
+        first = clients.submit(vertex_server.classify, slow_images.many_scans(450))  # longer than 5 s
+        time.sleep(1)
+        busy = vertex_server.classify(make_image(1))
+        assert (busy.status, busy.headers["Retry-After"]) == (503, "1")
+        assert "Concurrency limit of 1" in busy.value["error"]
+        assert first.result().status in (200, 503)
 
 
 @pytest.mark.slow
@@ -220,7 +383,7 @@ def test_sigterm_completes_the_request_in_progress(vertex_server):
     connection.send(body[100:])
     assert json.loads(connection.getresponse().read())["predictions"][0]["label"] == "blue"
     assert vertex_server.process.wait(30) == 0
-    log = vertex_server.process.stderr.read()
+    log = vertex_server.log()
     assert "Stopped." in log
     assert "Traceback" not in log
 
@@ -242,10 +405,10 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_an_error(tmp_path):
 
 
 def test_a_flag_takes_precedence_over_the_environment():
-    values = {"model_dir": "m", "host": "127.0.0.1", "port": 80}
+    values = {"model_dir": "m", "host": "127.0.0.1", "port": 80, "allowed_hosts": []}
     environment = {"AIP_HTTP_PORT": "8080", "AIP_STORAGE_URI": "gs://b/m/", "AIP_PREDICT_ROUTE": "/p"}
     routes = {"predict_route": "/p", "health_route": "/health"}
-    from_environment = {"model_dir": "gs://b/m", "host": "0.0.0.0", "port": 8080}
+    from_environment = {"model_dir": "gs://b/m", "host": "0.0.0.0", "port": 8080, "allowed_hosts": ["*"]}
     assert serve.with_environment(values, set(), environment) == {**from_environment, **routes}
     assert serve.with_environment(values, set(values), environment) == {**values, **routes}
     assert serve.with_environment(values, set(values), {})["predict_route"] == "/predict"

@@ -323,6 +323,7 @@ def test_trainer_serve_accepts_the_environment_of_an_uploaded_model(settings):
     assert serve.with_environment({}, set(), environment) == {
         "host": "0.0.0.0",
         "port": 8080,
+        "allowed_hosts": ["*"],
         "model_dir": "gs://bucket/model",
         "predict_route": "/predict",
         "health_route": "/health",

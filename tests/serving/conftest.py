@@ -11,8 +11,11 @@ from PIL import Image
 from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 from trainer.models import networks
 from trainer.serving import classifier as classifiers
+from trainer.serving import decoding
+from trainer.serving.decoding import Decoders
 from trainer.serving.saved_model import ParityReference
 
+DECODE_TIMEOUT_SECS = 2.0
 NETWORK_INPUT = NetworkInput(image_size=32, resize="stretch", preprocessing="caffe")
 
 
@@ -42,3 +45,16 @@ def _noise_image(height: int, width: int, seed: int) -> bytes:
 def classifier(tiny_model_dir):
     """The classifier of tests.support.tiny_model."""
     return classifiers.load(str(tiny_model_dir))
+
+
+@pytest.fixture(scope="session")
+def decoders():
+    """Decoders of two images at a time, to squares of 32 pixels; `killed` has an item for each killed process."""
+    decoding.start_importing()
+    started = Decoders(
+        32, "stretch", num_processes=2, timeout_secs=DECODE_TIMEOUT_SECS, on_kill=lambda: killed.append(None)
+    )
+    killed = started.killed = []
+    started.start()
+    yield started
+    started.stop()

@@ -1,4 +1,4 @@
-"""The HTTP application: requests are parsed, limited and answered as documented."""
+"""The HTTP application without a server: what it answers before the model, without heat maps, and under load."""
 
 import asyncio
 import base64
@@ -8,53 +8,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from starlette.exceptions import HTTPException
 
 from tests.support.tiny_model import make_image
-from trainer.serving import app
-from trainer.serving.app import Limits, RejectedInstance, ServingApp
+from trainer.serving.app import Access, Limits, ServingApp
 from trainer.serving.classifier import Classifier
 
-LIMITS = Limits(max_request_bytes=2**20, max_concurrent_requests=1, max_image_pixels=10**6, timeout_secs=60)
-
-
-@pytest.mark.parametrize(("body", "status", "message"), [
-    (b"", 400, "not JSON"), (b"{", 400, "not JSON"), (b"\xff", 400, "not JSON"), (b"[" * 100000, 400, "not JSON"),
-    (b"[]", 400, "no list of instances"), (b"{}", 400, "no list of instances"), (b'{"instances": {}}', 400, "no list"),
-    (b'{"instances": []}', 400, "no list of instances"), (b'{"instances": [%s1]}' % (b"1," * 128), 413, "129 instances"),
-    (b'{"instances": [1], "parameters": {"explain": 1}}', 400, "parameters are not"),
-    (b'{"instances": [1], "parameters": {"explian": true}}', 400, "parameters are not"),
-    (b'{"instances": [1], "parameters": [1]}', 400, "parameters are not"),
-])  # fmt: skip
-def test_an_invalid_request_is_rejected_with_the_expected_form(body, status, message):
-    with pytest.raises(HTTPException, match=message) as raised:
-        app.read_request(body, 10**6)
-    assert raised.value.status_code == status
-
-
-def test_each_instance_is_accepted_or_rejected_on_its_own():
-    instances = [{"bytes": {"b64": "aGk="}}, {"b64": "aGk="}, {"b64": "?"}, {"bytes": "aGk="}, 1, None, {"b64": 1}, []]
-    read, explain = app.read_request(json.dumps({"instances": instances, "parameters": None}).encode(), 10**6)
-    assert not explain
-    assert read[:2] == [b"hi", b"hi"]
-    assert read[2].reason.startswith("not base64 (")
-    assert read[3:] == [RejectedInstance('not an image as {"bytes": {"b64": "..."}}')] * 5
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that declares this size and contains little more than its header."""
-    return make_image(0, kind="PNG")[:16] + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes(100)
-
-
-def test_batches_stay_below_the_limit_of_pixels_and_images():
-    small, large, too_large = png_header(10, 10), png_header(1000, 700), png_header(1001, 1000)
-    encoded = [{"b64": base64.b64encode(png).decode()} for png in (small, large, too_large, large, small)]
-    instances, _ = app.read_request(json.dumps({"instances": encoded}).encode(), 10**6)
-    assert instances[2].reason.startswith("the image has 1 megapixels, more than the limit of 1")
-    batches = list(app.batches(instances, 10**6))
-    assert [len(batch) for batch in batches] == [3, 2]
-    assert [instance for batch in batches for instance in batch] == instances
-    assert [len(batch) for batch in app.batches([small] * 20, 10**6)] == [8, 8, 4]
+LIMITS = Limits(
+    max_request_bytes=2**20,
+    max_concurrent_requests=2,
+    max_image_pixels=10**6,
+    timeout_secs=60,
+    decode_timeout_secs=10,
+)
 
 
 class Response(NamedTuple):
@@ -66,8 +31,8 @@ class Response(NamedTuple):
         return json.loads(self.body)
 
 
-async def send(application, method: str, path: str, body: bytes = b"") -> Response:
-    """One request to an ASGI application, without a server."""
+async def send(application, method: str, path: str, body: bytes = b"", **headers: str) -> Response:
+    """One request to an ASGI application, without a server. `_` in the name of a header stands for `-`."""
     sent = []
 
     async def receive() -> dict:
@@ -76,35 +41,19 @@ async def send(application, method: str, path: str, body: bytes = b"") -> Respon
     async def collect(message: dict) -> None:
         sent.append(message)
 
+    headers = {"content-length": str(len(body)), **headers}
+    path, _, query = path.partition("?")
     scope = {
         "type": "http",
         "http_version": "1.1",
         "method": method,
         "path": path,
-        "query_string": b"",
-        "headers": [(b"content-length", str(len(body)).encode())],
+        "query_string": query.encode(),
+        "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
     }
     await application(scope, receive, collect)
     headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
     return Response(sent[0]["status"], headers, b"".join(message.get("body", b"") for message in sent))
-
-
-def constant_classifier(is_called: threading.Event, may_return: threading.Event) -> Classifier:
-    """A classifier without heat maps that waits in its second call; the first is that of the start."""
-    calls = []
-
-    def probabilities(contents: list[bytes]) -> np.ndarray:
-        calls.append(len(contents))
-        if len(calls) > 1:
-            is_called.set()
-            may_return.wait(60)
-        return np.tile(np.array([[0.25, 0.75]], np.float32), [len(contents), 1])
-
-    return Classifier(("cat", "dog"), probabilities)
-
-
-def make_app(load, on_failure=lambda: None) -> ServingApp:
-    return ServingApp(load, LIMITS, predict_route="/predict", health_route="/health", on_failure=on_failure)
 
 
 def request_of(*contents: bytes, **parameters) -> bytes:
@@ -112,9 +61,28 @@ def request_of(*contents: bytes, **parameters) -> bytes:
     return json.dumps({"instances": instances, "parameters": parameters}).encode()
 
 
-def test_errors_are_json_with_retry_after_where_a_retry_may_help():
-    is_called, may_return = threading.Event(), threading.Event()
-    serving = make_app(lambda: constant_classifier(is_called, may_return))
+class SlowClassifier:
+    """A classifier without heat maps, and without the size of its input, that waits in each call."""
+
+    def __init__(self) -> None:
+        self.is_called, self.may_return = threading.Event(), threading.Event()
+
+    def classifier(self) -> Classifier:
+        return Classifier(("cat", "dog"), self._probabilities)
+
+    def _probabilities(self, contents: list[bytes]) -> np.ndarray:
+        self.is_called.set()
+        assert self.may_return.wait(60)
+        return np.tile(np.array([[0.25, 0.75]], np.float32), [len(contents), 1])
+
+
+def make_app(access: Access = Access()) -> ServingApp:  # noqa: B008 (it is frozen)
+    return ServingApp(SlowClassifier().classifier, LIMITS, access, on_failure=lambda: None)
+
+
+@pytest.mark.slow
+def test_errors_are_json_with_retry_after_where_a_retry_may_help(decoders):
+    serving, slow = make_app(), SlowClassifier()
     application, body = serving.starlette(), request_of(make_image(0), b"text")
 
     async def run() -> None:
@@ -122,39 +90,53 @@ def test_errors_are_json_with_retry_after_where_a_retry_may_help():
         assert (loading.status, loading.headers["retry-after"]) == (503, "1")
         assert loading.json() == {"error": "The model is loading: retry later."}
         assert (await send(application, "GET", "/health")).status == 503
-        await asyncio.to_thread(serving._start)
+        assert (await send(application, "GET", "/v1/models/m")).status == 503
+        serving._set_ready(slow.classifier(), decoders)
         assert (await send(application, "GET", "/health")).json() == {
             "status": "ready",
             "class_names": ["cat", "dog"],
             "explains": False,
             "resize": "stretch",
         }
-        first = asyncio.create_task(send(application, "POST", "/predict", body))
-        await asyncio.to_thread(is_called.wait, 60)
+        running = [asyncio.create_task(send(application, "POST", "/predict", body)) for _ in range(2)]
+        await asyncio.to_thread(slow.is_called.wait, 60)
         busy = await send(application, "POST", "/predict", body)
         assert (busy.status, busy.headers["retry-after"]) == (503, "1")
-        assert busy.json() == {"error": "Concurrency limit of 1 requests reached: retry later."}
-        may_return.set()
-        good, bad = (await first).json()["predictions"]
-        assert good == {"label": "dog", "probability": 0.75, "probabilities": [0.25, 0.75]}
-        assert bad["error"].startswith("not a JPEG, PNG, GIF, BMP or WebP")
-        explained = await send(application, "POST", "/predict", request_of(make_image(0), explain=True))
-        assert (explained.status, "heat maps" in explained.json()["error"]) == (400, True)
+        assert busy.json() == {"error": "Concurrency limit of 2 requests reached: retry later."}
+        slow.may_return.set()
+        for response in await asyncio.gather(*running):
+            good, bad = response.json()["predictions"]
+            assert good == {"label": "dog", "probability": 0.75, "probabilities": [0.25, 0.75]}
+            assert bad["error"].startswith("not a JPEG, PNG, GIF, BMP or WebP")
+        for sent in (request_of(make_image(0), explain=True), request_of(make_image(0))):
+            path = "/predict" if b"explain" in sent else "/predict?explain=true"
+            explained = await send(application, "POST", path, sent)
+            assert (explained.status, "heat maps" in explained.json()["error"]) == (400, True)
+        wrong = await send(application, "POST", "/predict?explain=maybe", body)
+        assert (wrong.status, wrong.json()["error"]) == (400, "explain is 'maybe': send true or false.")
         too_large = await send(application, "POST", "/predict", bytes(2**20 + 1))
         assert (too_large.status, "retry-after" in too_large.headers) == (413, False)
-        assert (await send(application, "GET", "/predict")).status == 405
-        assert (await send(application, "GET", "/other")).status == 404
+        for method, path, status in [("GET", "/predict", 405), ("GET", "/other", 404), ("POST", "/v1/models/m", 405)]:
+            response = await send(application, method, path)
+            assert response.status == status
+            assert 'POST /predict takes {"instances"' in response.json()["error"]
+        serving._model.queue._secs_per_image = 100.0
+        shed = await send(application, "POST", "/predict", body)
+        assert (shed.status, shed.headers["retry-after"]) == (503, "1")
 
     asyncio.run(run())
 
 
-def test_a_model_that_cannot_be_loaded_is_reported():
-    failed = threading.Event()
+def test_allowed_origins_get_cors_headers_and_others_none():
+    application = make_app(Access(allowed_origins=("https://a.example",))).starlette()
+    preflight = {"access_control_request_method": "POST", "access_control_request_headers": "content-type"}
 
-    def load() -> Classifier:
-        raise OSError("no model")
+    async def run() -> None:
+        for origin, status in [("https://a.example", 200), ("https://b.example", 403)]:
+            response = await send(application, "OPTIONS", "/predict", origin=origin, **preflight)
+            assert response.status == status
+            assert response.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
+        response = await send(application, "POST", "/predict", b"{}", origin="https://a.example")
+        assert (response.status, response.headers["access-control-allow-origin"]) == (503, "https://a.example")
 
-    serving = make_app(load, failed.set)
-    serving._start()
-    assert failed.is_set()
-    assert str(serving.failure) == "no model"
+    asyncio.run(run())

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import tensorflow as tf
 
-from tests.support.tiny_model import make_image
+from tests.support.tiny_model import NETWORK_INPUT, make_image
 from trainer.artifacts.job_dir import JobDir
+from trainer.data import formats
+from trainer.data.preprocessing import decode_image
 from trainer.errors import UserError
-from trainer.serving.classifier import _decode_error_reason, classify, load
+from trainer.serving.classifier import classify, decoding_error, load
 from trainer.storage import files
 
 
@@ -35,8 +38,31 @@ def test_tensorflow_messages_are_reduced_to_the_reason():
         "\t [[Stateful/x]] [Op:__inference_1]"
     )
     eager = "{{function_node __wrapped__DecodeJpeg_device_/CPU:0}} Invalid JPEG data. [Op:DecodeJpeg]"
-    assert _decode_error_reason(served) == "not a picture"
-    assert _decode_error_reason(eager) == "Invalid JPEG data."
+    assert decoding_error(served) == "cannot be decoded: not a picture"
+    assert decoding_error(eager) == "cannot be decoded: Invalid JPEG data."
+
+
+@pytest.mark.parametrize("contents", [
+    make_image(0)[:400] + b"\xff\xd9",
+    make_image(0, kind="PNG").replace(b"IDAT", b"IDAT\0", 1),
+    make_image(0, kind="GIF")[:900],
+    make_image(0, kind="WebP")[:24] + bytes(40) + make_image(0, kind="WebP")[64:],
+], ids=["JPEG", "PNG", "GIF", "WebP"])  # fmt: skip
+def test_a_job_dir_and_a_saved_model_reject_an_image_with_the_same_words(classifier, contents):
+    assert formats.rejection_reason(contents) == ""
+    (served,) = classify(classifier, [("", contents)])
+    assert served.error.startswith("cannot be decoded: ")
+    with pytest.raises(tf.errors.InvalidArgumentError) as raised:  # eager, as a job_dir decodes
+        decode_image(tf.constant(contents), NETWORK_INPUT)
+    assert decoding_error(raised.value.message) == served.error
+    assert "File" not in served.error
+
+
+def test_no_images_have_no_rows(classifier):
+    probabilities, heatmaps = classifier.explain([])
+    assert (probabilities.shape, heatmaps.shape) == ((0, 3), (0, 8, 8))
+    assert classifier.probabilities([]).shape == (0, 3)
+    assert classify(classifier, []) == []
 
 
 def test_a_saved_model_returns_heat_maps_with_a_maximum_of_1(classifier):

@@ -102,6 +102,15 @@ def test_bytes_that_are_not_an_image_fail_only_that_request(reference, model):
     np.testing.assert_allclose(outputs["probabilities"], reference.expected[:1], atol=1e-5)
 
 
+@pytest.mark.parametrize("signature", ["serving_default", "explain", "serving_pixels"])
+def test_no_images_have_no_rows(model, signature):
+    pixels = {"pixels": tf.zeros([0, 90, 70, 3], tf.uint8)}
+    images = pixels if signature == "serving_pixels" else {"bytes": tf.constant([], tf.string)}
+    outputs = model.signatures[signature](**images)
+    assert outputs["probabilities"].shape == (0, 3)
+    assert {output.shape[0] for output in outputs.values()} == {0}
+
+
 def decode_as_tensorflow_serving(request: str, signature) -> dict[str, tf.Tensor]:
     """The tensors of a JSON request in row form, by the rules of tensorflow_serving/util/json_tensor.cc."""
     instances = json.loads(request)["instances"]

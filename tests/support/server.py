@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -14,31 +15,57 @@ from tests.support.processes import free_ports
 
 
 class Response(NamedTuple):
-    """A response with its JSON decoded."""
+    """A response."""
 
     status: int
-    value: Any
+    value: Any  # decoded JSON, or text
     headers: http.client.HTTPMessage
 
 
 class Server:
-    """`python -m trainer.serve`; "{port}" in an argument or a variable of the environment becomes its port."""
+    """`python -m trainer.serve`; "{port}" in an argument or a variable of the environment becomes its port.
 
-    def __init__(self, *arguments: str, health: str = "/health", predict: str = "/predict", **environment: str):
+    `max_descriptors` limits the file descriptors that it may open.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        health: str = "/health",
+        predict: str = "/predict",
+        max_descriptors: int | None = None,
+        **environment: str,
+    ):
         (self.port,) = free_ports(1)
         self.health = health
         self.predict = predict
         arguments = [argument.format(port=self.port) for argument in arguments]
         environment = {name: value.format(port=self.port) for name, value in environment.items()}
         command = [sys.executable, "-m", "trainer.serve", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+        if max_descriptors:
+            command = ["bash", "-c", f'ulimit -n {max_descriptors}; exec "$@"', "bash", *command]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with this object); a pipe that nobody reads would block the server
+        self.process = subprocess.Popen(command, stderr=self._log, env={**os.environ, **environment})
 
-    def request(self, method: str, path: str, body: bytes | str | None = None) -> Response:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    def log(self) -> str:
+        """What the server has written to standard error."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def kill(self) -> None:
+        """Ends the server at once."""
+        self.process.kill()
+        self.process.wait()
+
+    def request(self, method: str, path: str, body: bytes | str | None = None, **headers: str) -> Response:
+        """`_` in the name of a header stands for `-`."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
-            connection.request(method, path, body)
+            connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
             response = connection.getresponse()
-            return Response(response.status, json.loads(response.read()), response.headers)
+            contents = response.read()
+            is_json = response.headers["Content-Type"] == "application/json"
+            return Response(response.status, json.loads(contents) if is_json else contents.decode(), response.headers)
         finally:
             connection.close()
 
@@ -50,7 +77,7 @@ class Server:
 
     def wait_until_ready(self) -> Response:
         statuses = set()
-        for _ in range(600):
+        for _ in range(1800):
             try:
                 response = self.request("GET", self.health)
                 if response.status == 200:
@@ -58,7 +85,7 @@ class Server:
                     return response
                 statuses.add(response.status)
             except ConnectionError:
-                assert self.process.poll() is None, self.process.stderr.read()
+                assert self.process.poll() is None, self.log()
             time.sleep(0.1)
         raise TimeoutError
 

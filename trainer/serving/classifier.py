@@ -25,13 +25,15 @@ class Classifier:
     """Class names and functions of the contents of B image files, which raise if an image cannot be decoded.
 
     `probabilities` returns float32 [B, C]. `explain` returns these and heat maps float32 [B, H, W]; it is None for a
-    model without heat maps. `resize` says which part of an image a heat map covers (see models.gradcam).
+    model without heat maps. `resize` says which part of an image a heat map covers (see models.gradcam). Images become
+    squares of `image_size` pixels; it is 0 for a model from before --resize, which does not contain it.
     """
 
     class_names: tuple[str, ...]
     probabilities: Callable[[list[bytes]], np.ndarray]
     explain: Callable[[list[bytes]], tuple[np.ndarray, np.ndarray]] | None = None
     resize: str = DEFAULTS["resize"]
+    image_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,25 +108,28 @@ def _load_saved_model(model_dir: str) -> Classifier:
 
     # These functions keep a reference to the model; its signatures alone do not keep its variables alive.
     def probabilities(contents: list[bytes]) -> np.ndarray:
-        return model.signatures["serving_default"](bytes=tf.constant(contents))["probabilities"].numpy()
+        return model.signatures["serving_default"](bytes=tf.constant(contents, tf.string))["probabilities"].numpy()
 
     def explain(contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        outputs = model.signatures["explain"](bytes=tf.constant(contents))
+        outputs = model.signatures["explain"](bytes=tf.constant(contents, tf.string))
         return outputs["probabilities"].numpy(), outputs["heatmap"].numpy()
 
+    image_size, resize = _network_input_of(model.signatures)
     return Classifier(
         class_names=tuple(name.decode() for name in names),
         probabilities=probabilities,
         explain=explain if "explain" in model.signatures else None,
-        resize=_resize_of(model.signatures),
+        resize=resize,
+        image_size=image_size,
     )
 
 
-def _resize_of(signatures: Mapping[str, Any]) -> str:
-    """A model from before --resize has no signature for it and stretches images."""
+def _network_input_of(signatures: Mapping[str, Any]) -> tuple[int, str]:
+    """Image size and resize. A model from before --resize has no signature for them and stretches images."""
     if "network_input" not in signatures:
-        return DEFAULTS["resize"]
-    return signatures["network_input"]()["resize"].numpy().decode()
+        return 0, DEFAULTS["resize"]
+    outputs = signatures["network_input"]()
+    return int(outputs["image_size"]), outputs["resize"].numpy().decode()
 
 
 # Operations with effects outside the graph: Python functions, files by name. No export of this trainer contains one.
@@ -189,7 +194,7 @@ def _load_job_dir(directory: str) -> Classifier:
     def probabilities(contents: list[bytes]) -> np.ndarray:
         return explain(contents)[0]
 
-    return Classifier(class_names, probabilities, explain, network_input.resize)
+    return Classifier(class_names, probabilities, explain, network_input.resize, network_input.image_size)
 
 
 def _classify_batch(model: Callable, images: list[tuple[str, bytes]]) -> Iterator[Prediction]:
@@ -202,7 +207,7 @@ def _classify_batch(model: Callable, images: list[tuple[str, bytes]]) -> Iterato
         outputs = model([contents for _, contents in images])
     except tf.errors.InvalidArgumentError as error:
         if len(images) == 1:
-            yield Prediction(images[0][0], None, f"cannot be decoded: {_decode_error_reason(error.message)}")
+            yield Prediction(images[0][0], None, decoding_error(error.message))
             return
         middle = len(images) // 2
         yield from _classify_batch(model, images[:middle])
@@ -213,9 +218,12 @@ def _classify_batch(model: Callable, images: list[tuple[str, bytes]]) -> Iterato
         yield Prediction(path, row, heatmap=heatmap)
 
 
-def _decode_error_reason(message: str) -> str:
-    """The line of TensorFlow's message that gives the reason, without the names of its operations."""
-    prefixes = ("Graph execution error", "Detected at node", "<stack traces", "\t", "[[")
+def decoding_error(message: str) -> str:
+    """The reason that TensorFlow's message gives, the same for eager operations, functions and a SavedModel.
+
+    Around it are the names of operations and the lines of Python that made them, indented or in braces.
+    """
+    prefixes = ("Graph execution error", "Detected at node", "<stack traces", " ", "\t", "[[")
     lines = [line for line in message.splitlines() if line.strip() and not line.startswith(prefixes)]
     text = re.sub(r"\{\{.*?\}\} ?|\[Op:.*?\]", "", lines[0] if lines else message)
-    return re.sub(r"^assertion failed: \[(.*)\]", r"\1", text).strip()
+    return "cannot be decoded: " + re.sub(r"^assertion failed: \[(.*)\]", r"\1", text).strip()

@@ -1,14 +1,19 @@
 """Runs the HTTP application on a socket until a signal arrives or the model cannot be loaded."""
 
+import collections
+import logging as python_logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 
 import uvicorn
+from absl import logging
 
 from trainer.errors import UserError
-from trainer.serving.app import Limits, ServingApp
+from trainer.serving import connections
+from trainer.serving.app import Access, Limits, ServingApp
 from trainer.serving.classifier import Classifier
 
 
@@ -23,14 +28,7 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def run(
-    listening: socket.socket,
-    load: Callable[[], Classifier],
-    limits: Limits,
-    *,
-    predict_route: str,
-    health_route: str,
-) -> None:
+def run(listening: socket.socket, load: Callable[[], Classifier], limits: Limits, access: Access) -> None:
     """Serves the model that `load` returns; after SIGTERM or SIGINT, requests in progress are completed.
 
     Raises what `load` raised.
@@ -39,16 +37,23 @@ def run(
     def stop() -> None:
         server.should_exit = True
 
-    application = ServingApp(load, limits, predict_route=predict_route, health_route=health_route, on_failure=stop)
+    application = ServingApp(load, limits, access, on_failure=stop)
     server = uvicorn.Server(
         uvicorn.Config(
             application.starlette(),
+            http=connections.BoundedConnection,
             log_config=None,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=int(limits.timeout_secs) + 1,
+            backlog=connections.BACKLOG,
+            timeout_keep_alive=connections.KEEP_ALIVE_SECS,
+            timeout_graceful_shutdown=2 * int(limits.timeout_secs) + 1,  # to arrive, and to be answered
         )
     )
+    application.metrics.observe(
+        "connections", "Open connections of clients.", lambda: len(server.server_state.connections)
+    )
+    logging.get_absl_handler().addFilter(LogRateLimit())
     # uvicorn handles these signals while it runs and raises them again at its end, which would end the process as killed.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ignore_signal)
@@ -59,3 +64,31 @@ def run(
 
 def _ignore_signal(number: int, frame: object) -> None:
     """Ends neither the process nor the server; uvicorn has done that already."""
+
+
+class LogRateLimit(python_logging.Filter):
+    """Drops the records of a line of code above MAX_LINES in each INTERVAL_SECS, so that clients cannot fill a disk.
+
+    The first record of the next interval says how many were dropped.
+    """
+
+    INTERVAL_SECS = 10
+    MAX_LINES = 50
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._interval = 0
+        self._counts: collections.Counter[tuple[str, int]] = collections.Counter()
+
+    def filter(self, record: python_logging.LogRecord) -> bool:
+        """Whether the record is logged."""
+        interval = int(time.monotonic() / self.INTERVAL_SECS)
+        if interval != self._interval:
+            dropped = sum(max(0, count - self.MAX_LINES) for count in self._counts.values())
+            self._interval = interval
+            self._counts.clear()
+            if dropped:
+                record.msg = f"({dropped} lines like earlier ones were not logged.) {record.msg}"
+        address = (record.pathname, record.lineno)
+        self._counts[address] += 1
+        return self._counts[address] <= self.MAX_LINES
