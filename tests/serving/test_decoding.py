@@ -11,7 +11,7 @@ from tests.support import slow_images
 from tests.support.tiny_model import NETWORK_INPUT, make_image
 from trainer.data.preprocessing import decode_image
 
-SLOW_IMAGE = slow_images.many_scans(450)  # 5 s on an idle core
+SLOW_IMAGE = slow_images.many_scans(450, side=11000)  # 14 s on an idle core
 
 
 @pytest.mark.slow

@@ -51,6 +51,9 @@ class SoakResult:
     memory_mib: list[float] = dataclasses.field(default_factory=list)  # of the server and its processes, every second
     attacks: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     log_bytes: int = 0
+    cpu_wait: float = (
+        0.0  # part of the time that the server's event loop could run but had no CPU: other work on the machine
+    )
 
     def memory_growth_mib(self) -> float:
         """Median of the last fifth minus that of the second fifth; the first one fills caches."""
@@ -63,6 +66,7 @@ class SoakResult:
         for name, seconds in [("good requests", self.good_secs), ("health checks", self.health_secs)]:
             median, p99 = np.percentile(seconds, [50, 99])
             lines.append(f"{len(seconds)} {name}: median {median:.3f} s, p99 {p99:.3f} s, worst {max(seconds):.3f} s")
+        lines.append(f"the event loop waited for a CPU {self.cpu_wait:.0%} of the time")
         lines.append(f"{len(self.failures)} failures {self.failures[:5]}")
         memory = self.memory_mib
         lines.append(
@@ -76,6 +80,7 @@ def run(server: Server, secs: float) -> SoakResult:
     """Runs all clients against a server that is ready. The attackers have a process of their own."""
     result = SoakResult()
     stop = time.monotonic() + secs
+    waited_secs = _cpu_wait_secs(server)
     context = multiprocessing.get_context("spawn")
     statuses = context.Queue()
     attackers = context.Process(target=_attack, args=(server.port, secs, statuses))
@@ -88,8 +93,15 @@ def run(server: Server, secs: float) -> SoakResult:
     for thread in threads:
         thread.join()
     attackers.join()
+    result.cpu_wait = (_cpu_wait_secs(server) - waited_secs) / secs
     result.log_bytes = len(server.log().encode())
     return result
+
+
+def _cpu_wait_secs(server: Server) -> float:
+    """How long the main thread was in the queue of the scheduler (Documentation/scheduler/sched-stats.rst of Linux)."""
+    pid = server.process.pid
+    return int(pathlib.Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 def _measure_memory(server: Server, stop: float, result: SoakResult) -> None:

@@ -225,5 +225,5 @@ def decoding_error(message: str) -> str:
     """
     prefixes = ("Graph execution error", "Detected at node", "<stack traces", " ", "\t", "[[")
     lines = [line for line in message.splitlines() if line.strip() and not line.startswith(prefixes)]
-    text = re.sub(r"\{\{.*?\}\} ?|\[Op:.*?\]", "", lines[0] if lines else message)
-    return "cannot be decoded: " + re.sub(r"^assertion failed: \[(.*)\]", r"\1", text).strip()
+    text = re.sub(r"\{\{.*?\}\} ?|\[Op:.*?\]| name: ?$", "", lines[0] if lines else message)
+    return "cannot be decoded: " + re.sub(r"^assertion failed: \[(.*)\]", r"\1", text).replace("] [", " ").strip()
