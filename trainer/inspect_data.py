@@ -94,6 +94,10 @@ def find_problems(result: Inspection) -> list[Problem]:
             "images that look alike in training and validation: the validation accuracy will be too high",
             groups(result.leaks),
         ),
+        Problem(
+            "images that other programs rotate or flip, and training does not: save them upright",
+            [f"{file.path!r}: orientation {file.ignored_orientation}" for file in result.ignored_orientations],
+        ),
         Problem(f"images smaller than {inspection.SMALL_SIDE} pixels", small),
         Problem("unbalanced classes: consider --class_weight=balanced", unbalanced),
     ]

@@ -79,7 +79,7 @@ def test_the_fix_list_removes_bad_files_and_duplicates(inspected, tmp_path):
     assert len(listed) == 4 + 1 + 2
     for path in listed:
         (data / path.removeprefix(f"{inspected[0]}/")).unlink()
-    result = inspection.inspect(str(data), processes=1)
+    result = inspection.inspect(str(data), threads=1)
     assert (result.bad, result.same_label_duplicates, result.two_label_duplicates) == ([], [], [])
 
 
