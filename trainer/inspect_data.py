@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags, logging
 
 from trainer import cli
-from trainer.data import inspection, tfds
+from trainer.data import inspection, listing, tfds
 from trainer.data.inspection import InspectedFile, Inspection
 from trainer.errors import UserError
 from trainer.reporting import html, plots, thumbnails
@@ -163,10 +163,10 @@ def _write(result: Inspection, problems: list[Problem], data_dir: str, output_di
 
 
 def _write_fix(result: Inspection, data_dir: str, path: str) -> None:
-    removable = [files.join(data_dir, file.path) for file in result.to_remove()]
+    removable = [listing.join(data_dir, file.path) for file in result.to_remove()]
     # A list of files cannot remove a folder, and cannot hold a name with a line break.
     listed = [name for name in removable if "\n" not in name and _is_file(name)]
-    files.atomic_write(path, "".join(f"{name}\n" for name in listed))
+    files.atomic_write(path, b"".join(os.fsencode(name) + b"\n" for name in listed))  # rm takes bytes, not escapes
     logging.info("%s lists %d files to remove.", path, len(listed))
     for name in sorted(set(removable) - set(listed)):
         logging.warning("%r cannot be listed in %s: remove it by hand.", name, path)

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.data import file_checks, shards
-from trainer.data.listing import BadFile, SplitFolders, list_files, printable
+from trainer.data.listing import BadFile, SplitFolders, list_files
 from trainer.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """N images: path relative to the data directory, class index, MD5 of the content as hex."""
+    """N images: name (see listing.escape_name), class index, MD5 of the content as hex."""
 
     paths: np.ndarray  # str objects [N]
     labels: np.ndarray  # int32 [N]
@@ -66,9 +66,7 @@ def read_folder(
     listing = list_files(data_dir)
     paths, class_names = listing.paths, listing.class_names
     checks = file_checks.check_files(data_dir, listing, progress=progress, read_parallelism=read_parallelism)
-    bad_files = [
-        BadFile(printable(path), check.reason) for path, check in zip(paths, checks, strict=True) if check.reason
-    ]
+    bad_files = [BadFile(path, check.reason) for path, check in zip(paths, checks, strict=True) if check.reason]
     bad_files += listing.bad_folders
     examples = Examples(
         np.array(paths, object),

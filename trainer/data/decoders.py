@@ -301,8 +301,10 @@ def _without_prefix(exif: tf.Tensor) -> tf.Tensor:
 
 def _on_white(pixels: tf.Tensor) -> tf.Tensor:
     """Composites RGBA uint8 [H, W, 4] on white: uint8 [H, W, 3]."""
-    colors, alpha = tf.cast(pixels[..., :3], tf.int32), tf.cast(pixels[..., 3:], tf.int32)
-    return tf.cast((colors * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
+    # In 16 bits, and without a division: x / 255, rounded, is (y + y / 256) / 256 for y = x + 128.
+    colors, alpha = tf.cast(pixels[..., :3], tf.uint16), tf.cast(pixels[..., 3:], tf.uint16)
+    total = colors * alpha + (255 * (255 - alpha) + 128)
+    return tf.cast(tf.bitwise.right_shift(total + tf.bitwise.right_shift(total, 8), 8), tf.uint8)
 
 
 @rarely_used
@@ -519,15 +521,20 @@ def _webp(contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         at = find(first, [tag])
         return tf.cond(_part(contents, at, 4) == tag, lambda: _part(contents, at + 8, number(at + 4, 4)), lambda: b"")
 
+    length = tf.cast(tf.strings.length(contents), tf.int64)
     first = tf.constant(12, tf.int64)
     pixels_at = find(first, [b"VP8 ", b"VP8L", b"ALPH", b"ANMF"])
     is_animation = _part(contents, pixels_at, 4) == b"ANMF"
     sides = tf.where(is_animation, _part(contents, pixels_at + 14, 6), _part(contents, 24, 6))
     start = tf.where(is_animation, pixels_at + 24, pixels_at)
-    end = tf.where(is_animation, after(pixels_at), tf.cast(tf.strings.length(contents), tf.int64))
+    end = tf.where(is_animation, after(pixels_at), length)
     data = _part(contents, start, end - start)
-    pixels = _webp_frame(data, sides)
     is_extended = _part(contents, 12, 4) == b"VP8X"
+    canvas = (tf.where(is_extended, number(at, 3) + 1, 1) for at in (24, 27))
+    is_whole = (number(4, 4) + 8 <= length + 1) & (end <= length + 1)  # the pad byte at the end is optional
+    checks = [tf.Assert(is_whole, ["the end of the image is missing"]), _check_size(*canvas)]
+    with tf.control_dependencies(checks):
+        pixels = _webp_frame(data, sides)
     orientation = tf.cond(
         is_extended,
         lambda: _orientation(_without_prefix(chunk(b"EXIF")), lambda: chunk(b"XMP ")),

@@ -1,7 +1,7 @@
 """Detects the format of a file by its first bytes, reads the size in its header, and gives the reason to reject it.
 
-No TensorFlow and no decoding. `decoders` reads the same formats inside the graph, and rejects all that is rejected
-here, but for what only costs time: too many scans of a JPEG, and too much text in a PNG.
+No TensorFlow and no decoding. `decoders` reads the same formats inside the graph, and rejects the kinds of images that are
+rejected here, but for what only costs time: too many scans of a JPEG, and too much text in a PNG.
 """
 
 import functools

@@ -10,7 +10,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer import config
-from trainer.data import decoders, file_checks, input_pipeline, shards
+from trainer.data import decoders, file_checks, input_pipeline, listing, shards
 from trainer.data.dataset import Folder, Split
 from trainer.data.input_pipeline import ArraySource, FileSource
 from trainer.data.listing import BadFile
@@ -116,7 +116,7 @@ class ImageSource:
         if self._pack:
             return "its bytes in the shard are damaged: run trainer.pack again"
         if not files.is_remote(self._data_dir):
-            check = file_checks.check_file(files.join(self._data_dir, path))
+            check = file_checks.check_file(listing.join(self._data_dir, path))
             if check.reason:
                 return check.reason
         return decoders.undecodable_reason(self.read(path)) or "cannot be decoded"

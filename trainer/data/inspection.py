@@ -196,18 +196,18 @@ def _decoder() -> Decode:
 
 
 def _inspect_file(decode: Decode, data_dir: str, path: str, class_name: str) -> InspectedFile:
-    """Reads and decodes one file, whose path is relative to the data directory."""
+    """Reads and decodes one file, given by its name in the Listing."""
     import imagehash
     from PIL import Image
 
     from trainer.data import decoders
 
-    full_path = files.join(data_dir, path)
+    full_path = listing.join(data_dir, path)
     is_remote = files.is_remote(full_path)
     contents = (files.read(full_path) or b"") if is_remote else b""
     check = file_checks.check_contents(contents) if is_remote else file_checks.check_file(full_path)
     file = InspectedFile(
-        path=listing.printable(path),
+        path=path,
         class_name=class_name,
         reason=check.reason,
         image_format=check.image_format,

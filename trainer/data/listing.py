@@ -5,6 +5,7 @@ No TensorFlow.
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Listing:
     """The contents of a data directory; paths in sorted order within each class."""
 
     class_names: tuple[str, ...]
-    paths: list[str]  # relative to the data directory
+    paths: list[str]  # relative to the data directory, as escape_name writes them
     labels: list[int]  # class index of each path
     bad_folders: list[BadFile]  # folders that are named like an image
     split_folders: SplitFolders | None
@@ -87,8 +88,8 @@ def list_files(data_dir: str) -> Listing:
             directory = files.join(data_dir, side + class_name)
             class_paths, named_like_images = _files_below(scan, directory, side + class_name)
             reason = "a folder named like an image: its files are not read"
-            bad_folders += [BadFile(printable(path), reason) for path in sorted(named_like_images)]
-            paths += sorted(class_paths)
+            bad_folders += [BadFile(escape_name(path), reason) for path in sorted(named_like_images)]
+            paths += sorted(escape_name(path) for path in class_paths)
             labels += [label] * len(class_paths)
     return Listing(
         class_names=class_names,
@@ -96,13 +97,31 @@ def list_files(data_dir: str) -> Listing:
         labels=labels,
         bad_folders=bad_folders,
         split_folders=split_folders,
-        objects=objects,
+        objects={escape_name(name): info for name, info in objects.items()},
     )
 
 
-def printable(path: str) -> str:
-    """The path with the bytes that are not UTF-8 written as \\xNN."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def escape_name(path: str) -> str:
+    """The name or path under which all outputs know a file: bytes that are not UTF-8 are written as \\xNN.
+
+    Where a name itself contains such a sequence, its backslash is written as \\x5c, so that `unescape_name` restores every
+    name. All other names are unchanged. Python represents the bytes as surrogates (PEP 383), which no text file can hold.
+    """
+    escaped = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\x5c", path)
+    return os.fsencode(escaped).decode("utf-8", "backslashreplace")
+
+
+def unescape_name(name: str) -> str:
+    """The path of the file that `escape_name` gave that name; to be opened."""
+    if "\\x" not in name:
+        return name
+    as_bytes = re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes([int(match[1], 16)]), name.encode())
+    return os.fsdecode(as_bytes)
+
+
+def join(data_dir: str, name: str) -> str:
+    """The path of a file in a data directory, given by the name in its Listing."""
+    return files.join(data_dir, unescape_name(name))
 
 
 def _find_split_folders(scan: Scan, data_dir: str) -> SplitFolders | None:
@@ -153,12 +172,20 @@ def _class_names(scan: Scan, data_dir: str, split_folders: SplitFolders | None) 
             "for each further class."
         )
     for name in names:
-        if "\n" in name or "\r" in name or printable(name) != name:
+        if "\n" in name or "\r" in name or not _is_utf8(name):
             raise UserError(
                 f"The class {name!r} in {data_dir} cannot be written as one line of UTF-8 in labels.txt: rename the "
                 "folder, in UTF-8 and without line breaks."
             )
     return tuple(sorted(names))
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # has surrogates
+        return False
+    return True
 
 
 def list_files_below(path: str) -> list[str] | None:
