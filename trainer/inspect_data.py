@@ -112,6 +112,7 @@ def _lines(result: Inspection, problems: list[Problem], data_dir: str) -> list[s
     lines.append("formats: " + ", ".join(f"{name} {count}" for name, count in summary["formats"].items()))
     if summary["small_side"]:
         lines.append("smaller side: {min} to {max} pixels, median {median:g}".format(**summary["small_side"]))
+    lines += [f"note: {note}." for note in result.notes]
     if result.misnamed:
         lines.append(f"note: {len(result.misnamed)} files have the extension of another format, which does no harm:")
         misnamed = [f"  {file.path!r} is a {file.image_format}" for file in result.misnamed]

@@ -56,8 +56,8 @@ def test_unusual_names_are_read_and_other_files_are_named(tmp_path):
         "dog/x.jpg": "a folder named like an image: its files are not read",
         "dog/pipe.jpg": "neither a file nor a folder",
         "dog/round.jpg": "cannot be read: Too many levels of symbolic links",
-        "dog/\\xff.jpg": "its name is not UTF-8: rename it",
     }
+    assert "dog/\\xff.jpg" in folder.examples.paths
     text = io.StringIO()
     splits.write_split(text, splits.split_by_content(folder.examples, 0.2), folder.class_names)
     assert {row["path"] for row in csv.DictReader(io.StringIO(text.getvalue(), newline=""))} == set(

@@ -82,6 +82,7 @@ class Inspection:
     """The results for a folder. A group has two files or more."""
 
     class_names: tuple[str, ...]
+    notes: tuple[str, ...]  # of listing.Listing
     inspected: list[InspectedFile]
     same_label_duplicates: list[list[InspectedFile]]
     two_label_duplicates: list[list[InspectedFile]]
@@ -153,6 +154,7 @@ def inspect(data_dir: str, *, progress: bool = False, threads: int | None = None
     validation = _validation_hashes(good)
     return Inspection(
         class_names=listed.class_names,
+        notes=listed.notes,
         inspected=inspected,
         same_label_duplicates=[group for group in by_content if not _has_two_labels(group)],
         two_label_duplicates=[group for group in by_content if _has_two_labels(group)],
@@ -318,6 +320,7 @@ def summary(result: Inspection) -> dict[str, Any]:
         "files": len(result.inspected),
         "pictures": len(result.good),
         "classes": result.class_counts,
+        "notes": list(result.notes),
         "formats": dict(collections.Counter(file.image_format for file in result.good).most_common()),
         "small_side": small_side,
         "bad_files": [{"path": file.path, "reason": file.reason} for file in result.bad],
