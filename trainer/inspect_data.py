@@ -87,6 +87,10 @@ def find_problems(result: Inspection) -> list[Problem]:
         ),
         Problem("classes without an image: add some, or remove the folder", empty),
         Problem("classes of one image, which is used for training and not for validation: add some", single),
+        Problem(
+            "classes named like parts of a data set: pass the folder of the classes, or train with --accept_layout",
+            [repr(name) for name in result.class_names if listing.side_of(name)],
+        ),
         Problem("the same content under two labels: keep one", groups(result.two_label_duplicates)),
         Problem("the same content more than once in a class: keep one", groups(result.same_label_duplicates)),
         Problem("images that look alike under two labels: check them", groups(result.two_label_near_duplicates)),

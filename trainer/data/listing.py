@@ -136,12 +136,13 @@ def side_of(name: str) -> str:
 
 
 def escape_name(path: str) -> str:
-    """The name or path under which all outputs know a file: bytes that are not UTF-8 are written as \\xNN.
+    """The name or path under which all outputs know a file: bytes that are not UTF-8, and CR, are written as \\xNN.
 
     Where a name itself contains such a sequence, its backslash is written as \\x5c, so that `unescape_name` restores every
-    name. All other names are unchanged. Python represents the bytes as surrogates (PEP 383), which no text file can hold.
+    name. All other names are unchanged. Python represents the bytes as surrogates (PEP 383), which no text file can hold; CR
+    ends a row of a CSV file.
     """
-    escaped = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\x5c", path)
+    escaped = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\x5c", path).replace("\r", r"\x0d")
     return os.fsencode(escaped).decode("utf-8", "backslashreplace")
 
 

@@ -153,8 +153,8 @@ def _csv_line(values: list[str]) -> str:
     """A line that is safe to open in a spreadsheet: a cell that would be a formula begins with an apostrophe."""
     values = [f"'{value}" if value.startswith(_FORMULA_STARTS) else value for value in values]
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(values)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\r\n").writerow(values)  # it quotes cells with characters of the line terminator
+    return text.getvalue().removesuffix("\r\n")
 
 
 def _json_lines(predictions: Iterable[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
