@@ -45,8 +45,8 @@ def test_an_image_is_decoded_as_pillow_shows_it(decode, case):
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
 def test_a_bad_file_is_rejected_by_the_check_and_in_the_graph(decode, case):
     reason = formats.rejection_reason(case.contents)
+    assert reason
     assert reason.startswith(case.reason)
-    assert bool(reason) != case.is_refused_in_graph
     assert is_decoded(decode, case.contents) == case.is_only_slow
 
 

@@ -15,7 +15,6 @@ WIDTH, HEIGHT = 96, 64
 class Case(NamedTuple):
     """A file and its expected result: the image that Pillow decodes, or the start of the reason to reject it.
 
-    `is_refused_in_graph`: formats.rejection_reason accepts the bytes, but decoding them raises one of DECODE_ERRORS.
     `is_only_slow`: formats.rejection_reason rejects the bytes, and the graph decodes them.
     `tolerance` is the largest mean absolute difference, in levels of 0 to 255.
     """
@@ -23,7 +22,6 @@ class Case(NamedTuple):
     name: str
     contents: bytes
     reason: str = ""
-    is_refused_in_graph: bool = False
     is_only_slow: bool = False
     expected: Callable[[], np.ndarray] | None = None  # uint8 [H, W, 3] where Pillow's is wrong
     tolerance: float = 2.0
@@ -147,6 +145,13 @@ def _scan_bomb(num_scans: int) -> bytes:
     contents = encode(sample_image(), "JPEG", progressive=True)
     at = contents.rindex(b"\xff\xda")
     return contents[:at] + contents[at:-2] * num_scans + contents[-2:]
+
+
+def rotated_after_tables() -> bytes:
+    """A JPEG with its Exif segment after the tables, where Pillow reads it and the graph does not."""
+    contents = encode(sample_image(120, 90).rotate(120), "JPEG")
+    at = contents.index(b"\xff\xc0")
+    return contents[:at] + _segment(b"\xff\xe1", exif(6)) + contents[at:]
 
 
 def with_frame(marker: int, *, precision: int = 8) -> bytes:
