@@ -464,6 +464,12 @@ def bad() -> list[Case]:
         Case("jpeg, lossless", with_frame(0xC3), "lossless JPEG"),
         Case("jpeg, hierarchical", with_frame(0xC5), "hierarchical JPEG"),
         Case("jpeg-ls", with_frame(0xF7), "JPEG-LS image"),
+        Case(
+            "jpeg of 600 scans behind a marker without a segment",
+            _scan_bomb(600).replace(b"\xff\xda", b"\xff\x01\xff\xda"),
+            "progressive JPEG with more than 500 scans",
+            is_only_slow=True,
+        ),
         Case("jpeg of 600 scans", _scan_bomb(600), "progressive JPEG with more than 500 scans", is_only_slow=True),
         Case(
             "png of texts that unpack to 80 MB",

@@ -8,7 +8,7 @@ import functools
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 # The limit at which Pillow raises an error (twice its Image.MAX_IMAGE_PIXELS), so that all tools reject the same files:
@@ -158,7 +158,8 @@ def is_complete(head: bytes, tail: bytes) -> bool:
     image_format = detect_format(head)
     try:
         if image_format == "JPEG" and ends_as_jpeg and not ends_as_png:
-            return not _jpeg_kind_reason(head) and not _jpeg_frame(head).is_progressive
+            frame = _jpeg_frame(head, _jpeg_segments(head))
+            return not _jpeg_kind_reason(frame, 0) and not frame.is_progressive
         return image_format == "PNG" and ends_as_png and not ends_as_jpeg and not _png_reason(head, is_head=True)
     except (struct.error, IndexError):
         return False
@@ -234,8 +235,8 @@ _PROGRESSIVE_FRAMES = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _DECODED_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})  # baseline, extended, progressive; Huffman or arithmetic
 _LOSSLESS_FRAMES = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
 
-# The next marker after the entropy-coded data of a scan: there a zero byte or a restart marker follows 0xFF.
-_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+# The next segment after the entropy-coded data of a scan: in these a zero byte or a restart marker follows 0xFF.
+_AFTER_SCAN = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
 
 
 class _JpegFrame(NamedTuple):
@@ -271,9 +272,9 @@ def _jpeg_segments(contents: bytes) -> Iterator[tuple[int, int, int]]:
             position = end
 
 
-def _jpeg_frame(contents: bytes) -> _JpegFrame:
+def _jpeg_frame(contents: bytes, segments: Iterable[tuple[int, int, int]]) -> _JpegFrame:
     """The first frame header. Raises IndexError if there is none before the first scan."""
-    for marker, position, _ in _jpeg_segments(contents):
+    for marker, position, _ in segments:
         if marker in _FRAMES:
             precision, height, width, components = struct.unpack_from(">BHHB", contents, position + 2)
             return _JpegFrame(marker, precision, ImageSize(width, height), components)
@@ -281,11 +282,10 @@ def _jpeg_frame(contents: bytes) -> _JpegFrame:
 
 
 def _jpeg_size(contents: bytes) -> ImageSize | None:
-    return _jpeg_frame(contents).size
+    return _jpeg_frame(contents, _jpeg_segments(contents)).size
 
 
-def _jpeg_kind_reason(contents: bytes) -> str:
-    frame = _jpeg_frame(contents)
+def _jpeg_kind_reason(frame: _JpegFrame, num_segments: int) -> str:
     if frame.marker in _LOSSLESS_FRAMES:
         return "lossless JPEG: convert it to PNG"
     if frame.marker not in _DECODED_FRAMES:
@@ -294,19 +294,20 @@ def _jpeg_kind_reason(contents: bytes) -> str:
         return f"JPEG of {frame.precision} bits per color: convert it to one of 8 bits, or to PNG"
     if frame.components not in (1, 3, 4):
         return f"JPEG of {frame.components} color components: convert it to RGB"
-    if sum(1 for _ in _jpeg_segments(contents)) > MAX_PARTS:
+    if num_segments > MAX_PARTS:
         return f"JPEG with more than {MAX_PARTS:,} segments before its image: save it again"
     return ""
 
 
 def _jpeg_reason(contents: bytes) -> str:
-    if reason := _jpeg_kind_reason(contents):
+    segments = list(_jpeg_segments(contents))
+    frame = _jpeg_frame(contents, segments)
+    if reason := _jpeg_kind_reason(frame, len(segments)):
         return reason
     # Cameras append data, even videos, after the end marker. Thumbnails with their own end marker precede the scan.
-    scan = next((end for marker, _, end in _jpeg_segments(contents) if marker == _START_OF_SCAN), len(contents))
+    scan = segments[-1][2]
     if not contents.endswith(b"\xff\xd9") and contents.find(b"\xff\xd9", scan) < 0:
         return f"truncated JPEG: {_MISSING_END}"
-    frame = _jpeg_frame(contents)
     if not frame.is_progressive:  # the time for any other kind depends on the size of the file and of the image alone
         return ""
     limit = min(MAX_SCANS, MAX_SCANNED_PIXELS // (frame.size.width * frame.size.height))
