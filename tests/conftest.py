@@ -44,6 +44,14 @@ def tiny_model_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def classifier(tiny_model_dir):
+    """The classifier of tests.support.tiny_model."""
+    from trainer.serving import classifier as classifiers
+
+    return classifiers.load(str(tiny_model_dir))
+
+
+@pytest.fixture(scope="session")
 def _emulator():
     with gcs_emulator.run() as emulator, pytest.MonkeyPatch.context() as patch:
         for name, value in {**emulator.environment, **gcs_emulator.QUICK_ENVIRONMENT}.items():

@@ -188,6 +188,8 @@ def folders(tmp_path_factory):
             id="job-dir-not-writable",
         ),
         pytest.param("good", ["pictures"], "'pictures' is not a flag", id="not-a-flag"),
+        pytest.param("good", ["--job_dir=j\udcff"], "is not UTF-8: rename it", id="not-utf-8"),
+        pytest.param("good", ["--data_dir=~/gone"], "/gone does not exist", id="home"),
     ],
 )
 def test_a_wrong_input_is_one_line_with_exit_code_2(folders, tmp_path, data, arguments, message):

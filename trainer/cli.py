@@ -73,11 +73,13 @@ def run(main: Callable[[list[str]], int | None], *, define_flags: Callable[[], N
     _start_logging()
     try:
         arguments = flags.FLAGS([sys.argv[0], *_with_flag_file_paths(sys.argv[1:])])[1:]
+        arguments = [os.path.expanduser(argument) for argument in arguments]
         if flags.FLAGS.help or flags.FLAGS.version:
             print(_help_text(main.__module__) if flags.FLAGS.help else version())
             sys.exit(0)
         require_posix()
         logging.set_verbosity(flags.FLAGS.verbosity)
+        _complete_paths()
         if logs_json():
             logging.get_absl_handler().setFormatter(_JsonLines())
             python_logging.captureWarnings(True)  # log the warnings of Python as well
@@ -113,6 +115,20 @@ def command(module: str) -> str:
 def version() -> str:
     """The line that --version prints."""
     return f"picture-trainer {trainer.__version__}"
+
+
+def _complete_paths() -> None:
+    """Expands `~` in the flags, which the shell does only where a word begins. Raises UserError for one that is not UTF-8."""
+    for name in list(flags.FLAGS):
+        value = flags.FLAGS[name].value
+        if not isinstance(value, str):
+            continue
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--{name}={value!a} is not UTF-8: rename it, or pass a link to it.") from None
+        if value.startswith("~"):
+            flags.FLAGS[name].value = os.path.expanduser(value)
 
 
 def logs_json() -> bool:

@@ -42,6 +42,12 @@ class Config:
         resumable=True,
         per_worker=True,
     )
+    accept_layout: bool = flag(
+        False,
+        "Train although classes are named like parts of a data set (train, test), or although more than a tenth of a class "
+        "is also under another label, which stops the job otherwise.",
+        resumable=True,
+    )
     validation_split: float = flag(
         0.2, "Fraction of each class that is held out for validation, chosen by content.", above=0, below=1
     )

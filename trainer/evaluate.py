@@ -8,6 +8,8 @@ Writes metrics.json, predictions.csv, bad_files.csv, labels.txt, config.json, in
 models these are in R/model_1, R/model_2, ..., and R has comparison.json and a page that compares the models.
 """
 
+import os
+
 from absl import flags
 
 from trainer import cli
@@ -36,13 +38,15 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --data_dir={arguments[0]} if it is the folder.")
     cli.require("model_dir", "data_dir", "report_dir")
-    model_dirs = [path.strip().rstrip("/") for path in flags.FLAGS.model_dir.split(",") if path.strip()]
+    model_dirs = [
+        os.path.expanduser(path.strip()).rstrip("/") for path in flags.FLAGS.model_dir.split(",") if path.strip()
+    ]
     repeated = [path for path in model_dirs if model_dirs.count(path) > 1]
     if repeated:
         raise UserError(f"--model_dir names {repeated[0]} more than once: pass different models.")
     max_bad_fraction = flags.FLAGS.max_bad_fraction
     with tfds.as_folder(flags.FLAGS.data_dir) as data_dir:
-        folder = read_folder(data_dir, max_bad_fraction=max_bad_fraction)
+        folder = read_folder(data_dir, max_bad_fraction=max_bad_fraction, min_classes=1)
         cli.import_tensorflow()
 
         from trainer.serving import evaluation

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags, logging
 
 from trainer import cli
-from trainer.data import inspection, tfds
+from trainer.data import inspection, listing, tfds
 from trainer.data.inspection import InspectedFile, Inspection
 from trainer.errors import UserError
 from trainer.reporting import html, plots, thumbnails
@@ -87,12 +87,20 @@ def find_problems(result: Inspection) -> list[Problem]:
         ),
         Problem("classes without an image: add some, or remove the folder", empty),
         Problem("classes of one image, which is used for training and not for validation: add some", single),
+        Problem(
+            "classes named like parts of a data set: pass the folder of the classes, or train with --accept_layout",
+            [repr(name) for name in result.class_names if listing.side_of(name)],
+        ),
         Problem("the same content under two labels: keep one", groups(result.two_label_duplicates)),
         Problem("the same content more than once in a class: keep one", groups(result.same_label_duplicates)),
         Problem("images that look alike under two labels: check them", groups(result.two_label_near_duplicates)),
         Problem(
             "images that look alike in training and validation: the validation accuracy will be too high",
             groups(result.leaks),
+        ),
+        Problem(
+            "images that other programs rotate or flip, and training does not: save them upright",
+            [f"{file.path!r}: orientation {file.ignored_orientation}" for file in result.ignored_orientations],
         ),
         Problem(f"images smaller than {inspection.SMALL_SIDE} pixels", small),
         Problem("unbalanced classes: consider --class_weight=balanced", unbalanced),
@@ -108,6 +116,7 @@ def _lines(result: Inspection, problems: list[Problem], data_dir: str) -> list[s
     lines.append("formats: " + ", ".join(f"{name} {count}" for name, count in summary["formats"].items()))
     if summary["small_side"]:
         lines.append("smaller side: {min} to {max} pixels, median {median:g}".format(**summary["small_side"]))
+    lines += [f"note: {note}." for note in result.notes]
     if result.misnamed:
         lines.append(f"note: {len(result.misnamed)} files have the extension of another format, which does no harm:")
         misnamed = [f"  {file.path!r} is a {file.image_format}" for file in result.misnamed]
@@ -159,10 +168,10 @@ def _write(result: Inspection, problems: list[Problem], data_dir: str, output_di
 
 
 def _write_fix(result: Inspection, data_dir: str, path: str) -> None:
-    removable = [files.join(data_dir, file.path) for file in result.to_remove()]
+    removable = [listing.join(data_dir, file.path) for file in result.to_remove()]
     # A list of files cannot remove a folder, and cannot hold a name with a line break.
     listed = [name for name in removable if "\n" not in name and _is_file(name)]
-    files.atomic_write(path, "".join(f"{name}\n" for name in listed))
+    files.atomic_write(path, b"".join(os.fsencode(name) + b"\n" for name in listed))  # rm takes bytes, not escapes
     logging.info("%s lists %d files to remove.", path, len(listed))
     for name in sorted(set(removable) - set(listed)):
         logging.warning("%r cannot be listed in %s: remove it by hand.", name, path)

@@ -4,13 +4,15 @@
     python -m trainer.predict --model_dir=J --output=labels.csv holiday/
 
 --model_dir is a SavedModel, or the job_dir of a run, whose network is then rebuilt with the weights in best.weights.h5.
-Prints a table, or writes a file with the probability of every class: --output=x.csv or x.jsonl. If the command is stopped,
-the same command with --output resumes.
+Prints a table, or writes a file with the probability of every class: --output=x.csv or x.jsonl. The CSV is safe to open in
+a spreadsheet: a name that begins like a formula gets an apostrophe before it. The JSON Lines hold all names exactly. If the
+command is stopped, the same command with --output resumes.
 """
 
 from absl import flags, logging
 
 from trainer import cli
+from trainer.data import listing
 from trainer.errors import UserError
 from trainer.serving import batch
 from trainer.serving.batch import Tally
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> int:
     cli.import_tensorflow()
     total = sum(1 for _ in batch.find_images(arguments))
     if not total:
-        raise UserError(f"There are no files below {', '.join(arguments)}.")
+        raise UserError(f"There are no files below {', '.join(map(listing.escape_name, arguments))}.")
     classifier = load(model_dir)
     if output:
         tally = batch.write_predictions(
@@ -58,7 +60,8 @@ def main(arguments: list[str]) -> int:
             print(line, flush=True)
     first = tally.first_failure
     if first and tally.failures == tally.images:
-        raise UserError(f"none of {tally.images} files could be classified; the first: {first.path}: {first.error}.")
+        name = listing.escape_name(first.path)
+        raise UserError(f"none of {tally.images} files could be classified; the first: {name}: {first.error}.")
     return 0
 
 

@@ -28,7 +28,7 @@ from trainer.artifacts import job_dir
 from trainer.artifacts.job_dir import JobDir
 from trainer.config import Config
 from trainer.data import sampler, splits
-from trainer.data.dataset import Split, read_folder
+from trainer.data.dataset import Split, check_layout, read_folder
 from trainer.errors import UserError
 from trainer.reporting import tuner_metrics
 from trainer.runtime import cluster
@@ -93,11 +93,12 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
             progress=cli.shows_bars(),
             read_parallelism=settings.read_parallelism,
         )
+        check_layout(settings.data_dir, folder, accept_layout=settings.accept_layout)
         split = splits.choose(folder, validation_split=settings.validation_split, split_file=settings.split_file)
         origin = splits.describe(folder, validation_split=settings.validation_split, split_file=settings.split_file)
         profile_range = _checked_profile_range(settings, split)
         fingerprint = splits.fingerprint(split, folder.class_names)
-        settings = _with_earlier_flags(settings, fingerprint)
+        settings = _with_earlier_flags(settings, fingerprint, split, folder.class_names)
         if is_writing:
             preflight.check_local_directory(settings.job_dir, flag="job_dir")
         logging.info("Training and validation: %s.", origin)
@@ -190,7 +191,7 @@ def _checked_profile_range(settings: Config, split: Split) -> tuple[int, int] | 
     return profile_range
 
 
-def _with_earlier_flags(settings: Config, fingerprint: str) -> Config:
+def _with_earlier_flags(settings: Config, fingerprint: str, split: Split, class_names: tuple[str, ...]) -> Config:
     """The flags with which a run in job_dir resumes; the given ones if there is none.
 
     Flags that are not set keep the values that the run began with: the epochs that --recipe decided, perhaps on another
@@ -220,9 +221,12 @@ def _with_earlier_flags(settings: Config, fingerprint: str) -> Config:
             "flags of that run."
         )
     if before["fingerprint"] != fingerprint:
+        changed = "its split.csv, which lists them, is gone"
+        if files.exists(paths.split):
+            changed = splits.describe_changes(paths.split, split, class_names)
         raise UserError(
-            f"The images in {settings.data_dir} are not those of the run in {settings.job_dir} (its split.csv lists them): "
-            "restore them, or pass another --job_dir."
+            f"The images in {settings.data_dir} are not those of the run in {settings.job_dir} ({changed}): restore "
+            "them, or pass another --job_dir."
         )
     return settings
 

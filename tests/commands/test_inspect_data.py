@@ -19,9 +19,9 @@ def inspected(tmp_path_factory):
     data = write_images(root / "data", {"cat": 30, "dog": 4, "<b>bird": 5}, size=100)
     (data / "cat" / "empty.jpg").touch()
     (data / "cat" / "half.png").write_bytes(corpus.encode(corpus.sample_image(), "PNG")[:400])
-    damaged = bytearray(corpus.encode(corpus.sample_image(), "PNG"))
-    damaged[len(damaged) // 2] ^= 0xFF
-    (data / "cat" / "damaged.png").write_bytes(damaged)
+    (data / "cat" / "damaged.png").write_bytes(corpus.png_claiming(96, 64))  # has too few pixels
+    (data / "cat" / "turned.jpg").write_bytes(corpus.rotated_after_tables())
+    (data / "readme.txt").touch()
     (data / "cat" / "bomb.png").write_bytes(corpus.png_claiming(60_000, 60_000))
     shutil.copy(data / "cat" / "cat_000.jpg", data / "cat" / "copy of cat_000.jpg")
     shutil.copy(data / "cat" / "cat_001.jpg", data / "dog" / "dog?.jpg")
@@ -44,7 +44,7 @@ def test_bad_files_have_reasons_even_if_only_decoding_fails(inspected):
     reasons = {row["path"]: row["reason"] for row in inspected[1]["bad_files"]}
     assert set(reasons) == {"cat/empty.jpg", "cat/half.png", "cat/damaged.png", "cat/bomb.png"}
     assert reasons["cat/empty.jpg"] == "empty file"
-    assert reasons["cat/damaged.png"].startswith("cannot be decoded")
+    assert reasons["cat/damaged.png"].startswith("cannot be decoded: Invalid PNG")
     assert "60000 x 60000" in reasons["cat/bomb.png"]
 
 
@@ -65,6 +65,12 @@ def test_small_misnamed_and_unbalanced_images_are_reported(inspected):
     assert result["formats"]["JPEG"] == result["pictures"] - 1
 
 
+def test_an_orientation_that_training_ignores_and_a_loose_file_are_reported(inspected):
+    assert inspected[1]["ignored_orientations"] == [{"path": "cat/turned.jpg", "orientation": 6}]
+    assert "problem: images that other programs rotate or flip, and training does not" in inspected[2].stdout
+    assert "note: 1 files are in no class folder and are not used; the first is 'readme.txt'." in inspected[2].stdout
+
+
 def test_strict_exits_with_1_and_prints_the_problems(inspected):
     process = inspected[2]
     assert process.returncode == 1, process.stderr
@@ -79,7 +85,7 @@ def test_the_fix_list_removes_bad_files_and_duplicates(inspected, tmp_path):
     assert len(listed) == 4 + 1 + 2
     for path in listed:
         (data / path.removeprefix(f"{inspected[0]}/")).unlink()
-    result = inspection.inspect(str(data), processes=1)
+    result = inspection.inspect(str(data), threads=1)
     assert (result.bad, result.same_label_duplicates, result.two_label_duplicates) == ([], [], [])
 
 

@@ -278,7 +278,7 @@ def test_a_job_dir_of_another_run_is_refused_and_not_changed(finished, images, t
     not_resumed = run_command(*arguments, f"--data_dir={images}", "--noresume")
     for answer, message in (
         (other_flags, "learning_rate: 0.001 -> 0.005"),
-        (other_images, "are not those of the run"),
+        (other_images, "the class 'a' is new; the class 'b' is new; the class"),
         (not_resumed, "--noresume is set"),
     ):
         assert answer.returncode == 2, answer.stderr

@@ -9,7 +9,9 @@ from tests.support import corpus
 from trainer.data import formats
 
 
-@pytest.mark.parametrize("case", corpus.good(), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in corpus.good() if "Pillow does not read" not in case.name], ids=lambda case: case.name
+)
 def test_format_and_size_are_those_of_pillow(case):
     image = Image.open(io.BytesIO(case.contents))
     assert formats.detect_format(case.contents).upper() == image.format
@@ -28,7 +30,8 @@ def test_other_formats_are_detected_by_their_first_bytes(contents, image_format)
 @pytest.mark.parametrize("case", corpus.good() + corpus.bad(), ids=lambda case: case.name)
 def test_head_and_tail_are_complete_only_for_accepted_files(case):
     is_complete = formats.is_complete(case.contents[:65_536], case.contents[-formats.TAIL_BYTES :])
-    assert not (is_complete and formats.rejection_reason(case.contents))
+    reason = formats.rejection_reason(case.contents)
+    assert not is_complete or reason in ("", "damaged PNG: a checksum is wrong")  # which only all bytes can show
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG"])

@@ -213,3 +213,25 @@ def test_images_on_both_sides_of_a_given_split_are_logged(tmp_path, caplog):
     with caplog.at_level(python_logging.WARNING, "absl"):
         choose(tmp_path)
     assert "1 contents are both in train and in val (the first: 'val/cat/again.jpg')" in caplog.text
+
+
+def test_images_and_classes_that_changed_since_a_run_are_named(tmp_path):
+    data = write_images(tmp_path / "data", {"cat": 10, "dog": 10})
+    folder = read_folder(str(data))
+    with open(tmp_path / "split.csv", "w") as file:
+        splits.write_split(file, splits.split_by_content(folder.examples, 0.2), folder.class_names)
+
+    def changes() -> str:
+        now = read_folder(str(data))
+        return splits.describe_changes(
+            str(tmp_path / "split.csv"), splits.split_by_content(now.examples, 0.2), now.class_names
+        )
+
+    (data / "cat" / "cat_000.jpg").rename(data / "cat" / "renamed.jpg")
+    assert changes() == "the same images are split otherwise"
+    write_images(data, {"bird": 3}, seed=1)
+    (data / "cat" / "renamed.jpg").unlink()
+    assert changes() == (
+        "the class 'bird' is new; 3 images are new, the first is 'bird/bird_000.jpg'; "
+        "1 images are gone or changed, the first is 'cat/cat_000.jpg'"
+    )

@@ -10,7 +10,6 @@ from PIL import Image
 
 from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 from trainer.models import networks
-from trainer.serving import classifier as classifiers
 from trainer.serving import decoding
 from trainer.serving.decoding import Decoders
 from trainer.serving.saved_model import ParityReference
@@ -39,12 +38,6 @@ def _noise_image(height: int, width: int, seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(file, "JPEG")
     return file.getvalue()
-
-
-@pytest.fixture(scope="session")
-def classifier(tiny_model_dir):
-    """The classifier of tests.support.tiny_model."""
-    return classifiers.load(str(tiny_model_dir))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Predictions for folders of any size: errors per file, resume from the journal, output formats."""
 
+import csv
 import dataclasses
+import io
 import json
 import os
 
@@ -102,6 +104,18 @@ def test_csv_lines_hold_label_and_probabilities_or_the_error():
         "a.jpg,dog,0.75,0.25,0.75,",
         "b.jpg,,,,,gone",
     ]
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\n", "\uff1d"])
+def test_no_cell_of_the_csv_is_a_formula(start):
+    name = f"{start}cmd|' /C calc'!A0"
+    prediction = Prediction(name, np.array([0.25, 0.75], np.float32))
+    lines = batch._csv_lines([prediction, Prediction("b.jpg", None, name)], ("cat", name))
+    _, good, bad = csv.reader(io.StringIO("\n".join(lines), newline=""))
+    assert good[:3] == [f"'{name}", f"'{name}", "0.75"]
+    assert bad[-1] == f"'{name}"
+    (line,) = batch._json_lines([prediction], ("cat", name))
+    assert (json.loads(line)["path"], json.loads(line)["label"]) == (name, name)
 
 
 def test_the_table_shortens_long_paths_and_escapes_control_characters():

@@ -5,6 +5,7 @@ import json
 import pytest
 import tensorflow as tf
 
+from tests.support import corpus
 from tests.support.tiny_model import NETWORK_INPUT, make_image
 from trainer.artifacts.job_dir import JobDir
 from trainer.data import formats
@@ -19,7 +20,7 @@ def test_each_bad_image_gets_a_one_line_error_and_fails_no_other(classifier):
     broken = {
         "empty": (b"", "empty file"),
         "text": (b"hello", "not a JPEG, PNG, GIF, BMP or WebP"),
-        "damaged inside": (png.replace(b"IDAT", b"IDAT\0", 1), "cannot be decoded: Invalid PNG"),
+        "damaged inside": (png.replace(b"IDAT", b"IDAT\0", 1), "damaged PNG: a checksum is wrong"),
     }
     images = [("good", make_image(0)), *((name, contents) for name, (contents, _) in broken.items()), ("end", png)]
     predictions = classify(classifier, images, explain=True)
@@ -49,9 +50,8 @@ def test_tensorflow_messages_are_reduced_to_the_reason():
 
 @pytest.mark.parametrize("contents", [
     make_image(0)[:400] + b"\xff\xd9",
-    make_image(0, kind="PNG").replace(b"IDAT", b"IDAT\0", 1),
-    make_image(0, kind="GIF")[:900],
-], ids=["JPEG", "PNG", "GIF"])  # fmt: skip
+    corpus.png_claiming(96, 64),
+], ids=["JPEG", "PNG"])  # fmt: skip
 def test_a_job_dir_and_a_saved_model_reject_an_image_with_the_same_words(classifier, contents):
     assert formats.rejection_reason(contents) == ""
     (served,) = classify(classifier, [("", contents)])

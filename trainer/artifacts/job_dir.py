@@ -1,6 +1,8 @@
 """The files and folders in a job_dir: their names, their columns, and how they are written. Each file is atomic.
 
-No other module spells a name in a job_dir. Imports no Keras, so that a command reads a job_dir without delay.
+The CSV files are for programs: names are exact, also one that a spreadsheet would take for a formula; only bytes that are
+not UTF-8 are escaped (listing.escape_name). No other module spells a name in a job_dir. Imports no Keras, so that a command
+reads a job_dir without delay.
 Shapes: N images, C classes.
 """
 

@@ -8,15 +8,16 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from trainer.data import file_checks, shards
-from trainer.data.listing import BadFile, SplitFolders, list_files, printable
+from trainer.data.listing import BadFile, SplitFolders, list_files, side_of
 from trainer.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """N images: path relative to the data directory, class index, MD5 of the content as hex."""
+    """N images: name (see listing.escape_name), class index, MD5 of the content as hex."""
 
     paths: np.ndarray  # str objects [N]
     labels: np.ndarray  # int32 [N]
@@ -40,6 +41,7 @@ class Folder:
     formats: frozenset[str] = frozenset()  # of the examples, as in formats.detect_format
     pack: shards.Pack | None = None  # the shards that hold the images
     split_folders: SplitFolders | None = None  # if the folder is split already
+    notes: tuple[str, ...] = ()  # what of the folder is not used, and how it was recognized
 
 
 class Split(NamedTuple):
@@ -50,25 +52,30 @@ class Split(NamedTuple):
 
 
 def read_folder(
-    data_dir: str, *, max_bad_fraction: float = 1.0, progress: bool = False, read_parallelism: int = 0
+    data_dir: str,
+    *,
+    max_bad_fraction: float = 1.0,
+    progress: bool = False,
+    read_parallelism: int = 0,
+    min_classes: int = 2,
 ) -> Folder:
     """Checks every file below `data_dir`/CLASS/ once, in parallel: its hash, and whether it looks like an image.
 
     A bucket lists the hashes, so only the ends of an object are read, `read_parallelism` at once (0: chosen here).
-    If `data_dir` contains the folders train and val (or training, valid, validation), the classes are below these.
+    If `data_dir` contains folders such as train and val, or train and test, the classes are below these.
 
     Raises:
-      UserError: `data_dir` does not exist, has fewer than two classes or a class without a readable image, or the
+      UserError: `data_dir` does not exist, has fewer than `min_classes` classes or a class without a readable image, or the
         fraction of bad files is above `max_bad_fraction`.
     """
     if pack := shards.open_pack(data_dir):
         return _from_pack(pack)
-    listing = list_files(data_dir)
+    listing = list_files(data_dir, min_classes=min_classes)
+    for note in listing.notes:
+        logging.warning("%s: %s.", data_dir, note)
     paths, class_names = listing.paths, listing.class_names
     checks = file_checks.check_files(data_dir, listing, progress=progress, read_parallelism=read_parallelism)
-    bad_files = [
-        BadFile(printable(path), check.reason) for path, check in zip(paths, checks, strict=True) if check.reason
-    ]
+    bad_files = [BadFile(path, check.reason) for path, check in zip(paths, checks, strict=True) if check.reason]
     bad_files += listing.bad_folders
     examples = Examples(
         np.array(paths, object),
@@ -84,7 +91,57 @@ def read_folder(
         bad_files=tuple(bad_files),
         formats=frozenset(check.image_format for check in checks if not check.reason),
         split_folders=listing.split_folders,
+        notes=listing.notes,
     )
+
+
+# Of the images of a class, the fraction whose bytes are also under another label, above which the layout of the folder is
+# taken for wrong. A copy of a class folder, or of the whole set, below another one gives half of the images or all;
+# mislabelled copies are a few percent in public data sets, and are reported, not refused.
+MAX_SHARED_FRACTION = 0.1
+
+
+def check_layout(data_dir: str, folder: Folder, *, accept_layout: bool) -> None:
+    """Raises UserError for a layout that trains on the wrong thing; with `accept_layout` logs a warning instead.
+
+    That is: a class is named like a part of a data set, or shares more than MAX_SHARED_FRACTION of its images with others.
+    """
+    problem = _layout_problem(folder)
+    if not problem:
+        return
+    message = f"{data_dir}: {problem}"
+    if not accept_layout:
+        raise UserError(
+            f"{message}: pass a folder with one sub-folder per class (or train/ and val/ with these), or --accept_layout if "
+            "this is what you want."
+        )
+    logging.warning("%s (--accept_layout).", message)
+
+
+def _layout_problem(folder: Folder) -> str:
+    sides = [name for name in folder.class_names if side_of(name)]
+    if sides:
+        return (
+            f"the classes {', '.join(map(repr, sides))} are named like parts of a data set, not like what images show"
+        )
+    examples = folder.examples
+    _, content = np.unique(examples.hashes.astype(str), return_inverse=True)
+    first_label = np.full(content.max() + 1, -1)
+    first_label[content] = examples.labels
+    differs = np.zeros(len(first_label), bool)
+    differs[content[first_label[content] != examples.labels]] = True  # contents that have two labels or more
+    is_shared = differs[content]
+    if not is_shared.any():
+        return ""
+    counts = np.bincount(examples.labels, minlength=len(folder.class_names))
+    shared = np.bincount(examples.labels[is_shared], minlength=len(folder.class_names))
+    worst = int(np.argmax(shared / counts))
+    path = examples.paths[np.flatnonzero(is_shared & (examples.labels == worst))[0]]
+    found = f"{shared[worst]} of {counts[worst]} images of {folder.class_names[worst]!r} are also under another label"
+    if shared[worst] > MAX_SHARED_FRACTION * counts[worst]:
+        return f"{found} (the first: {path!r})"
+    logging.warning("%s (the first: %r): run trainer.inspect_data.", found, path)
+    return ""
 
 
 def _from_pack(pack: shards.Pack) -> Folder:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tqdm import tqdm
 
 from trainer import config
-from trainer.data import formats
+from trainer.data import formats, listing
 from trainer.data.listing import BadFile, Listing
 from trainer.errors import UserError
 from trainer.storage import files
@@ -41,14 +41,14 @@ class FileCheck(NamedTuple):
     image_format: str = ""  # as in formats.detect_format
 
 
-def check_files(data_dir: str, listing: Listing, *, progress: bool, read_parallelism: int) -> list[FileCheck]:
-    """Checks all listed files; returns a list of length P in the order of `listing.paths`.
+def check_files(data_dir: str, listed: Listing, *, progress: bool, read_parallelism: int) -> list[FileCheck]:
+    """Checks all listed files; returns a list of length P in the order of `listed.paths`.
 
     `read_parallelism` is the number of files read in parallel (0: chosen here). Raises OSError if a bucket cannot be
     read.
     """
-    paths = listing.paths
-    executor, portion_size, check = _plan(data_dir, listing, read_parallelism)
+    paths = listed.paths
+    executor, portion_size, check = _plan(data_dir, listed, read_parallelism)
     portions = [paths[start : start + portion_size] for start in range(0, len(paths), portion_size)]
     checks = []
     with executor, tqdm(desc="reading images", total=len(paths), unit="img", disable=not progress, leave=False) as bar:
@@ -59,15 +59,15 @@ def check_files(data_dir: str, listing: Listing, *, progress: bool, read_paralle
 
 
 def _plan(
-    data_dir: str, listing: Listing, read_parallelism: int
+    data_dir: str, listed: Listing, read_parallelism: int
 ) -> tuple[Executor, int, Callable[[list[str]], list[FileCheck]]]:
     """The executor, the number of files in a task, and the function that checks the files of a task."""
     cores = os.cpu_count() or 1
     if files.is_remote(data_dir):
         threads = read_parallelism or config.REMOTE_READ_PARALLELISM
         # A request takes longer than starting a task, so tasks are small.
-        return ThreadPoolExecutor(threads), 8, functools.partial(_check_objects, data_dir, listing.objects)
-    if len(listing.paths) >= MANY_FILES:
+        return ThreadPoolExecutor(threads), 8, functools.partial(_check_objects, data_dir, listed.objects)
+    if len(listed.paths) >= MANY_FILES:
         context = multiprocessing.get_context("spawn")
         processes = min(8, cores)  # 40 MB each
         pool = ProcessPoolExecutor(processes, context, initializer=_ignore_interrupts)
@@ -89,11 +89,11 @@ def _check_in_parallel(data_dir: str, paths: list[str]) -> list[FileCheck]:
 
 
 def _check_portion(data_dir: str, paths: list[str]) -> list[FileCheck]:
-    return [check_file(files.join(data_dir, path)) for path in paths]
+    return [check_file(listing.join(data_dir, path)) for path in paths]
 
 
 def _check_objects(data_dir: str, objects: "dict[str, gcs.ObjectInfo]", paths: list[str]) -> list[FileCheck]:
-    return [check_object(files.join(data_dir, path), objects[path]) for path in paths]
+    return [check_object(listing.join(data_dir, path), objects[path]) for path in paths]
 
 
 def check_bad_fraction(bad: int, total: int, first: Iterable[BadFile], max_bad_fraction: float) -> None:
@@ -112,10 +112,6 @@ def check_file(path: str) -> FileCheck:
     The hash is MD5 because Cloud Storage lists the MD5 of each object, so a bucket need not be read to be split. It is
     not used for security.
     """
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return FileCheck("", "its name is not UTF-8: rename it")
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would block forever
             return FileCheck("", "neither a file nor a folder")

@@ -10,7 +10,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer import config
-from trainer.data import file_checks, input_pipeline, shards
+from trainer.data import decoders, file_checks, input_pipeline, listing, shards
 from trainer.data.dataset import Folder, Split
 from trainer.data.input_pipeline import ArraySource, FileSource
 from trainer.data.listing import BadFile
@@ -115,11 +115,11 @@ class ImageSource:
     def _unreadable_reason(self, path: str) -> str:
         if self._pack:
             return "its bytes in the shard are damaged: run trainer.pack again"
-        if files.is_remote(self._data_dir):
-            check = file_checks.check_contents(self.read(path))
-        else:
-            check = file_checks.check_file(files.join(self._data_dir, path))
-        return check.reason or "cannot be decoded"
+        if not files.is_remote(self._data_dir):
+            check = file_checks.check_file(listing.join(self._data_dir, path))
+            if check.reason:
+                return check.reason
+        return decoders.undecodable_reason(self.read(path)) or "cannot be decoded"
 
     def check_bad_fraction(self) -> None:
         """Raises UserError if more than `max_bad_fraction` of the files are bad.

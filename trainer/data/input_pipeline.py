@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
+from trainer.data import listing
 from trainer.data.preprocessing import (
     Augmentation,
     NetworkInput,
@@ -179,7 +180,7 @@ def _reader(source: FileSource) -> Callable[[dict], dict]:
         return tf.ensure_shape(contents, [])
 
     if source.directory:
-        paths = tf.constant([files.join(source.directory, path) for path in source.paths])
+        paths = _path_tensor(source)
 
     def read(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         index = example["index"]
@@ -192,6 +193,11 @@ def _reader(source: FileSource) -> Callable[[dict], dict]:
         return {**example, "contents": contents}
 
     return read
+
+
+def _path_tensor(source: FileSource) -> tf.Tensor:
+    """The paths of the files, as the bytes that the system knows them by, string [N]."""
+    return tf.constant([os.fsencode(listing.join(source.directory, path)) for path in source.paths])
 
 
 def _batch_reader(source: FileSource) -> Callable[[dict], dict]:
@@ -222,7 +228,7 @@ def _decoder(source: FileSource) -> Callable[[dict], dict]:
     decode_one = decode_jpeg_image if source.is_jpeg else decode_image
     if source.is_local:
         with tf.init_scope():
-            paths = tf.constant([files.join(source.directory, path) for path in source.paths])
+            paths = _path_tensor(source)
 
     def decode(path_or_contents: tf.Tensor) -> tuple[tf.Tensor, float]:
         contents = tf.io.read_file(path_or_contents) if source.is_local else path_or_contents

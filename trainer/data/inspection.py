@@ -1,20 +1,24 @@
-"""Inspects every image of a folder: format, size, damage, exact and near duplicates. No TensorFlow.
+"""Inspects every image of a folder: format, size, damage, exact and near duplicates.
+
+Decodes as training does, so that both reject the same files; imports TensorFlow when the first image is decoded.
 
 Shapes: N distinct images.
 """
 
 import collections
 import dataclasses
+import functools
 import io
 import os
 import warnings
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from trainer import cli
 from trainer.data import file_checks, formats, listing, splits
 from trainer.data.dataset import Examples
 from trainer.errors import UserError
@@ -28,9 +32,12 @@ SMALL_SIDE = 64  # pixels; smaller images have little detail for a network with 
 
 IMBALANCE_RATIO = 5  # of the largest to the smallest class
 
-_DECODED_SIDE = 64  # pixels to which a JPEG is reduced in decoding; the hash uses 32
+_DECODED_SIDE = 64  # pixels to which an image is resized; the hash uses 32
 
-_REMOTE_PROCESSES = 16  # more than there are cores, because a bucket responds slowly
+_REMOTE_THREADS = 16  # more than there are cores, because a bucket responds slowly
+
+# A file without any of these has no orientation.
+_ORIENTATION_MARKS = (b"Exif\0\0", b"eXIf", b"EXIF", b"Raw profile type exif", b"tiff:Orientation")
 
 _FORMAT_OF_EXTENSION = {
     ".jpg": "JPEG",
@@ -62,6 +69,7 @@ class InspectedFile:
     height: int = 0
     content_hash: str = ""  # MD5 as hex
     perceptual_hash: int | None = None  # 64 bits
+    ignored_orientation: int = 1  # that Pillow applies and the trainer does not; 1: both agree
 
     @property
     def small_side(self) -> int:
@@ -74,6 +82,7 @@ class Inspection:
     """The results for a folder. A group has two files or more."""
 
     class_names: tuple[str, ...]
+    notes: tuple[str, ...]  # of listing.Listing
     inspected: list[InspectedFile]
     same_label_duplicates: list[list[InspectedFile]]
     two_label_duplicates: list[list[InspectedFile]]
@@ -95,6 +104,11 @@ class Inspection:
     def small(self) -> list[InspectedFile]:
         """Images with a side below SMALL_SIDE."""
         return [file for file in self.good if file.small_side < SMALL_SIDE]
+
+    @property
+    def ignored_orientations(self) -> list[InspectedFile]:
+        """Images that other programs rotate or flip, and the trainer does not."""
+        return [file for file in self.good if file.ignored_orientation != 1]
 
     @property
     def misnamed(self) -> list[InspectedFile]:
@@ -121,19 +135,18 @@ class Inspection:
         return sorted({*self.bad, *copies, *contradictions}, key=lambda file: file.path)
 
 
-def inspect(data_dir: str, *, progress: bool = False, processes: int | None = None) -> Inspection:
-    """Reads and decodes every file once, in parallel `processes` (None: one per core; for a bucket 16).
+def inspect(data_dir: str, *, progress: bool = False, threads: int | None = None) -> Inspection:
+    """Reads and decodes every file once, in parallel `threads` (None: one per core; for a bucket 16).
 
     Raises UserError if the folder cannot be listed or has fewer than two classes.
     """
     listed = listing.list_files(data_dir)
     names = [listed.class_names[label] for label in listed.labels]
-    tasks = [(data_dir, path, name) for path, name in zip(listed.paths, names, strict=True)]
-    if files.is_remote(data_dir):
-        processes = processes or _REMOTE_PROCESSES
-    with ProcessPoolExecutor(processes) as pool:
-        results = pool.map(inspect_file, tasks, chunksize=8)
-        inspected = list(tqdm(results, "inspecting", len(tasks), unit="img", disable=not progress, leave=False))
+    threads = threads or (_REMOTE_THREADS if files.is_remote(data_dir) else os.cpu_count())
+    decode = _decoder()
+    with ThreadPoolExecutor(threads) as pool:
+        results = pool.map(functools.partial(_inspect_file, decode, data_dir), listed.paths, names)
+        inspected = list(tqdm(results, "inspecting", len(names), unit="img", disable=not progress, leave=False))
     inspected += [InspectedFile(bad.path, bad.path.split("/")[0], bad.reason) for bad in listed.bad_folders]
     good = [file for file in inspected if not file.reason]
     by_content = _groups((file.content_hash, file) for file in good)
@@ -141,6 +154,7 @@ def inspect(data_dir: str, *, progress: bool = False, processes: int | None = No
     validation = _validation_hashes(good)
     return Inspection(
         class_names=listed.class_names,
+        notes=listed.notes,
         inspected=inspected,
         same_label_duplicates=[group for group in by_content if not _has_two_labels(group)],
         two_label_duplicates=[group for group in by_content if _has_two_labels(group)],
@@ -150,18 +164,52 @@ def inspect(data_dir: str, *, progress: bool = False, processes: int | None = No
     )
 
 
-def inspect_file(task: tuple[str, str, str]) -> InspectedFile:
-    """Reads and decodes one file, given as (data directory, path in it, class)."""
+# uint8 [_DECODED_SIDE, _DECODED_SIDE, 3] and the orientation that was applied, from the bytes of a file and whether they
+# are a JPEG; raises one of decoders.DECODE_ERRORS.
+Decode = Callable[[bytes, bool], tuple[np.ndarray, int]]
+
+
+def _decoder() -> Decode:
+    cli.import_tensorflow()  # after the listing, which reports its errors at once
+    import tensorflow as tf
+
+    from trainer.data import decoders, preprocessing
+
+    network_input = preprocessing.NetworkInput(_DECODED_SIDE, "stretch", "rescale")
+
+    def square(decoded: decoders.Decoded) -> tuple[tf.Tensor, tf.Tensor]:
+        pixels = tf.ensure_shape(decoded.pixels, [None, None, 3])
+        resized = preprocessing.resize(pixels, network_input, is_reduced=decoded.is_reduced)
+        return decoders.apply_orientation(resized, decoded.orientation), decoded.orientation
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+    def decode_jpeg(contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return square(decoders.decode_jpeg(contents, _DECODED_SIDE, by_longer_side=False))
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+    def decode_any(contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return square(decoders.decode(contents, _DECODED_SIDE, by_longer_side=False))
+
+    def decode(contents: bytes, is_jpeg: bool) -> tuple[np.ndarray, int]:
+        pixels, orientation = (decode_jpeg if is_jpeg else decode_any)(tf.constant(contents))
+        return pixels.numpy(), int(orientation)
+
+    return decode
+
+
+def _inspect_file(decode: Decode, data_dir: str, path: str, class_name: str) -> InspectedFile:
+    """Reads and decodes one file, given by its name in the Listing."""
     import imagehash
     from PIL import Image
 
-    data_dir, path, class_name = task
-    full_path = files.join(data_dir, path)
+    from trainer.data import decoders
+
+    full_path = listing.join(data_dir, path)
     is_remote = files.is_remote(full_path)
     contents = (files.read(full_path) or b"") if is_remote else b""
     check = file_checks.check_contents(contents) if is_remote else file_checks.check_file(full_path)
     file = InspectedFile(
-        path=listing.printable(path),
+        path=path,
         class_name=class_name,
         reason=check.reason,
         image_format=check.image_format,
@@ -174,16 +222,32 @@ def inspect_file(task: tuple[str, str, str]) -> InspectedFile:
     file = dataclasses.replace(file, num_bytes=len(contents), width=size.width, height=size.height)
     if file.reason:
         return file
+    try:
+        pixels, orientation = decode(contents, file.image_format == "JPEG")
+    except decoders.DECODE_ERRORS as error:
+        return dataclasses.replace(file, reason=decoders.decode_error_reason(error))
+    bits = imagehash.phash(Image.fromarray(pixels)).hash
+    return dataclasses.replace(
+        file,
+        perceptual_hash=int("".join("01"[bit] for bit in bits.ravel().astype(int)), 2),
+        ignored_orientation=_ignored_orientation(contents, orientation),
+    )
+
+
+def _ignored_orientation(contents: bytes, applied: int) -> int:
+    """The orientation that Pillow applies, 1 if it is the `applied` one, or if Pillow cannot read the file."""
+    from PIL import ExifTags, Image
+
+    if not any(mark in contents for mark in _ORIENTATION_MARKS):
+        return 1
     Image.MAX_IMAGE_PIXELS = formats.MAX_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of damage that it repairs
-            image = Image.open(io.BytesIO(contents))
-            image.draft("L", (_DECODED_SIDE, _DECODED_SIDE))
-            bits = imagehash.phash(image.convert("RGB")).hash
-    except Exception as error:  # decoders raise many types on damaged data
-        return dataclasses.replace(file, reason=f"cannot be decoded: {error}")
-    return dataclasses.replace(file, perceptual_hash=int("".join("01"[bit] for bit in bits.ravel().astype(int)), 2))
+            found = Image.open(io.BytesIO(contents)).getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # decoders raise many types on damaged data
+        return 1
+    return found if found in range(2, 9) and found != applied else 1
 
 
 def _groups(pairs: Iterable[tuple]) -> list[list[InspectedFile]]:
@@ -256,10 +320,14 @@ def summary(result: Inspection) -> dict[str, Any]:
         "files": len(result.inspected),
         "pictures": len(result.good),
         "classes": result.class_counts,
+        "notes": list(result.notes),
         "formats": dict(collections.Counter(file.image_format for file in result.good).most_common()),
         "small_side": small_side,
         "bad_files": [{"path": file.path, "reason": file.reason} for file in result.bad],
         "misnamed": [{"path": file.path, "format": file.image_format} for file in result.misnamed],
+        "ignored_orientations": [
+            {"path": file.path, "orientation": file.ignored_orientation} for file in result.ignored_orientations
+        ],
         "small": [{"path": file.path, "width": file.width, "height": file.height} for file in result.small],
         "is_unbalanced": result.is_unbalanced,
         "duplicates": paths(result.same_label_duplicates),

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from trainer.data import listing
 from trainer.errors import UserError
 from trainer.storage import files
 
@@ -117,7 +118,7 @@ def read(data_dir: str, path: str) -> bytes | None:
     """The bytes of one image of a folder, packed or not, local or gs://; None if the image does not exist."""
     pack = open_pack(data_dir)
     if pack is None:
-        return files.read(files.join(data_dir, path))
+        return files.read(listing.join(data_dir, path))
     record = pack.by_path.get(path)
     if record is None:
         return None

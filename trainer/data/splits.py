@@ -3,6 +3,7 @@
 No TensorFlow. Shapes: N examples.
 """
 
+import collections
 import csv
 import hashlib
 import io
@@ -71,7 +72,7 @@ def choose(folder: Folder, *, validation_split: float, split_file: str) -> Split
     """
     if split_file:
         return _as_in_file(folder, split_file)
-    if folder.split_folders:
+    if folder.split_folders and folder.split_folders.validation:
         return _as_in_folders(folder, folder.split_folders)
     return split_by_content(folder.examples, validation_split)
 
@@ -80,10 +81,45 @@ def describe(folder: Folder, *, validation_split: float, split_file: str) -> str
     """The origin of the split, as one line for the log, the plan and config.json."""
     if split_file:
         return f"from {split_file}"
+    by_content = f"{validation_split:g} of each class held out, by content"
     if not folder.split_folders:
-        return f"{validation_split:g} of each class held out, by content"
+        return by_content
     left_out = "".join(f"; {name}/ is left out (see trainer.evaluate)" for name in folder.split_folders.left_out)
+    if not folder.split_folders.validation:
+        return f"from the folder {folder.split_folders.training}/, {by_content}{left_out}"
     return f"from the folders {folder.split_folders.training}/ and {folder.split_folders.validation}/{left_out}"
+
+
+def describe_changes(split_file: str, split: Split, class_names: tuple[str, ...]) -> str:
+    """What differs from the split.csv of an earlier run: classes and images that were added, and those that are gone.
+
+    An image is known by its label and its content, so a file that was only renamed does not count.
+    """
+    rows = _read_rows(split_file)
+    earlier = collections.Counter((row["label"], row["content_hash"]) for row in rows.values())
+    now: collections.Counter[tuple[str, str]] = collections.Counter()
+    added = []
+    for side in split:
+        for path, label, content_hash in zip(side.paths, side.labels, side.hashes, strict=True):
+            image = (class_names[label], content_hash)
+            now[image] += 1
+            if now[image] > earlier[image]:
+                added.append(path)
+    gone = []
+    for path, row in rows.items():
+        image = (row["label"], row["content_hash"])
+        now[image] -= 1
+        if now[image] < 0:
+            gone.append(path)
+    earlier_names = {row["label"] for row in rows.values()}
+    changes = [f"the class {name!r} is new" for name in class_names if name not in earlier_names]
+    changes += [f"the class {name!r} is gone" for name in sorted(earlier_names - set(class_names))]
+    changes += [
+        f"{len(paths)} images {what}, the first is {sorted(paths)[0]!r}"
+        for what, paths in (("are new", added), ("are gone or changed", gone))
+        if paths
+    ]
+    return "; ".join(changes) or "the same images are split otherwise"
 
 
 def _as_in_folders(folder: Folder, named: SplitFolders) -> Split:

@@ -36,7 +36,7 @@ def find_images(paths: list[str]) -> Iterator[str]:
     for path in paths:
         below = listing.list_files_below(path)
         if below is None:
-            raise UserError(f"{path} does not exist: pass images or folders of images.")
+            raise UserError(f"{listing.escape_name(path)} does not exist: pass images or folders of images.")
         yield from below
 
 
@@ -83,8 +83,9 @@ def write_predictions(
 ) -> Tally:
     """Classifies all images below `arguments` into the file `output`, .csv or .jsonl; the write is atomic.
 
-    Until then a journal next to it holds one line per finished image; its name contains the `fingerprint` of the model.
-    A restarted command reuses the lines for as long as their paths match, in order, the files that it finds.
+    In CSV, which is for people, no cell is a formula; JSON Lines hold every name exactly. Until then a journal next to it
+    holds one line per finished image; its name contains the `fingerprint` of the model. A restarted command reuses the
+    lines for as long as their paths match, in order, the files that it finds.
     """
     journal = f"{output}.{fingerprint}.partial"
     with _local_journal(journal) as (local, upload):
@@ -101,7 +102,7 @@ def write_predictions(
         _append(local, predictions, upload)
         as_lines = _csv_lines if output.endswith(".csv") else _json_lines
         tally = Tally()
-        with files.atomic_path(output) as temporary, open(temporary, "w") as file:
+        with files.atomic_path(output) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             for line in as_lines(tally.over(_read_journal(local)), classifier.class_names):
                 file.write(line + "\n")
     files.remove(journal)
@@ -120,9 +121,9 @@ def format_table(predictions: Iterable[Prediction], class_names: tuple[str, ...]
     label_width = max(5, *(len(name) for name in class_names))
     yield f"{'image':<{width}}  {'label':<{label_width}}  probability"
     for prediction in predictions:
-        path = prediction.path
+        path = listing.escape_name(prediction.path)
+        path = path if path.isprintable() else path.encode("unicode_escape").decode()
         name = path if len(path) <= width else "…" + path[1 - width :]
-        name = name.encode("unicode_escape").decode() if not name.isprintable() else name
         if prediction.error:
             yield f"{name:<{width}}  {'—':<{label_width}}  {prediction.error}"
         else:
@@ -133,29 +134,38 @@ def format_table(predictions: Iterable[Prediction], class_names: tuple[str, ...]
 def _csv_lines(predictions: Iterable[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
     yield _csv_line(["path", "label", "probability", *(f"probability of {name}" for name in class_names), "error"])
     for prediction in predictions:
+        path = listing.escape_name(prediction.path)
         if prediction.probabilities is None:
             empty = [""] * len(class_names)
-            yield _csv_line([prediction.path, "", "", *empty, prediction.error])
+            yield _csv_line([path, "", "", *empty, prediction.error])
         else:
             index, probability = prediction.top
             values = [f"{value:.6g}" for value in prediction.probabilities]
-            yield _csv_line([prediction.path, class_names[index], f"{probability:.6g}", *values, ""])
+            yield _csv_line([path, class_names[index], f"{probability:.6g}", *values, ""])
+
+
+# Programs for spreadsheets run a cell that begins so as a formula (OWASP, CSV Injection); the last four are the wide forms
+# of the first four.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def _csv_line(values: list[str]) -> str:
+    """A line that is safe to open in a spreadsheet: a cell that would be a formula begins with an apostrophe."""
+    values = [f"'{value}" if value.startswith(_FORMULA_STARTS) else value for value in values]
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(values)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\r\n").writerow(values)  # it quotes cells with characters of the line terminator
+    return text.getvalue().removesuffix("\r\n")
 
 
 def _json_lines(predictions: Iterable[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
     for prediction in predictions:
+        path = listing.escape_name(prediction.path)
         if prediction.probabilities is None:
-            line: dict[str, Any] = {"path": prediction.path, "error": prediction.error}
+            line: dict[str, Any] = {"path": path, "error": prediction.error}
         else:
             index, probability = prediction.top
             line = {
-                "path": prediction.path,
+                "path": path,
                 "label": class_names[index],
                 "probability": probability,
                 "probabilities": dict(zip(class_names, prediction.probabilities.tolist(), strict=True)),

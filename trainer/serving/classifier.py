@@ -15,6 +15,7 @@ from trainer.artifacts.job_dir import JobDir
 from trainer.artifacts.metrics import top_class
 from trainer.config import DEFAULTS
 from trainer.data import formats
+from trainer.data.formats import decoding_error
 from trainer.earlier_runs import recorded
 from trainer.errors import UserError
 from trainer.storage import files
@@ -199,13 +200,13 @@ def _load_job_dir(directory: str) -> Classifier:
 
 def _classify_batch(model: Callable, images: list[tuple[str, bytes]]) -> Iterator[Prediction]:
     """Calls the model for all images; if one fails the batch, for each half, so that a bad image costs few calls."""
-    import tensorflow as tf
+    from trainer.data import decoders
 
     if not images:
         return
     try:
         outputs = model([contents for _, contents in images])
-    except tf.errors.InvalidArgumentError as error:
+    except decoders.DECODE_ERRORS as error:
         if len(images) == 1:
             yield Prediction(images[0][0], None, decoding_error(error.message))
             return
@@ -216,14 +217,3 @@ def _classify_batch(model: Callable, images: list[tuple[str, bytes]]) -> Iterato
     rows, heatmaps = outputs if isinstance(outputs, tuple) else (outputs, itertools.repeat(None))
     for (path, _), row, heatmap in zip(images, rows, heatmaps):  # noqa: B905 (repeat has no end)
         yield Prediction(path, row, heatmap=heatmap)
-
-
-def decoding_error(message: str) -> str:
-    """The reason that TensorFlow's message gives, the same for eager operations, functions and a SavedModel.
-
-    Around it are the names of operations and the lines of Python that made them, indented or in braces.
-    """
-    prefixes = ("Graph execution error", "Detected at node", "<stack traces", " ", "\t", "[[")
-    lines = [line for line in message.splitlines() if line.strip() and not line.startswith(prefixes)]
-    text = re.sub(r"\{\{.*?\}\} ?|\[Op:.*?\]| name: ?$", "", lines[0] if lines else message)
-    return "cannot be decoded: " + re.sub(r"^assertion failed: \[(.*)\]", r"\1", text).replace("] [", " ").strip()
