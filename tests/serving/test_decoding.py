@@ -11,8 +11,6 @@ from tests.support import slow_images
 from tests.support.tiny_model import NETWORK_INPUT, make_image
 from trainer.data.preprocessing import decode_image
 
-SLOW_IMAGE = slow_images.many_scans(450, side=11000)  # 14 s on an idle core
-
 
 @pytest.mark.slow
 def test_a_decoded_image_is_the_one_that_training_sees(decoders):
@@ -40,7 +38,7 @@ def test_a_slow_image_is_given_up_while_others_are_decoded(decoders):
 
     async def decode_all() -> tuple[float, str]:
         """The longest time of a good image while the slow one is decoded, and the reason against that."""
-        slow = asyncio.create_task(decoders.decode(SLOW_IMAGE))
+        slow = asyncio.create_task(decoders.decode(slow_images.large_png()))
         longest = 0.0
         while not slow.done():
             started = time.monotonic()
