@@ -242,6 +242,14 @@ class Config:
     steps_per_loop: int = flag(
         0, "Training steps per call from the host; 0: as many as take about a second.", at_least=0, resumable=True
     )
+    worker_timeout_secs: int = flag(
+        600,
+        "Seconds that a worker waits for the others, at the start or in one call of --steps_per_loop steps, before it exits "
+        "with code 75 (start all workers again).",
+        at_least=1,
+        resumable=True,
+        per_worker=True,
+    )
     require_gpu: bool = flag(
         False, "Exit with code 2 and a diagnosis if TensorFlow sees no GPU.", resumable=True, in_readme=True
     )

@@ -5,7 +5,7 @@ Shapes: N training and V validation examples, F features, C classes.
 
 import contextlib
 import dataclasses
-import os
+import functools
 import platform
 import shlex
 import time
@@ -34,10 +34,11 @@ from trainer.runtime import agreement, devices
 from trainer.runtime.cluster import Cluster
 from trainer.runtime.devices import Devices
 from trainer.runtime.signals import StopSignal
+from trainer.runtime.worker_watch import WorkerWatch
 from trainer.serving import exporter
 from trainer.serving.exporter import FinishedRun
 from trainer.storage import files, lock
-from trainer.training import job_stages
+from trainer.training import failures, job_stages
 from trainer.training.cost import Cost
 from trainer.training.loop import StopReason, TrainingInterrupted
 from trainer.training.progress import ProgressReporter
@@ -110,7 +111,14 @@ class Job:
 def run(prepared: PreparedJob) -> int:
     """Trains and exports, or prints the plan of a dry run; returns the exit code."""
     settings, cluster = prepared.settings, prepared.cluster
-    machine = devices.start(cluster, require_gpu=settings.require_gpu)
+    watch = WorkerWatch(
+        cluster,
+        timeout_secs=settings.worker_timeout_secs,
+        stop=prepared.stop,
+        on_timeout=functools.partial(failures.leave_other_workers, code=cli.EXIT_RETRY),
+        on_stop=functools.partial(failures.leave_other_workers, code=cli.EXIT_STOPPED),
+    )
+    machine = devices.start(cluster, require_gpu=settings.require_gpu, waiting=watch.waiting)
     prepared.stop.listen()
     precision, precision_reason = devices.choose_precision(settings.precision, machine.kind)
     trains_statistics = networks.updates_batch_statistics(settings.batch_norm, settings.weights)
@@ -216,7 +224,6 @@ def _is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> 
 
 def _run_locked(job: Job, finished: FinishedRun) -> int:
     """Trains and exports while this job holds the lock of job_dir; returns the exit code."""
-    settings, cluster = job.settings, job.prepared.cluster
     try:
         with _lock(job):
             if job.is_chief:
@@ -228,42 +235,16 @@ def _run_locked(job: Job, finished: FinishedRun) -> int:
                 if job.images.failure:
                     raise job.images.failure from error
                 raise
-    except TrainingInterrupted:
+    except Exception as error:
         job.progress.close()
-        logging.warning("Stopped; everything is saved in %s. The same command resumes the run.", settings.job_dir)
-        return cli.EXIT_STOPPED
-    except TimeoutError as error:  # of a bucket
-        logging.error(
-            "%s: %s. The last checkpoint in %s is complete.", error.filename, error.strerror, settings.job_dir
-        )
-        return cli.EXIT_RETRY
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or settings.job_dir} cannot be written or read ({error.strerror or error}): fix that and "
-            f"start the same command again; it resumes from the last complete checkpoint in {settings.job_dir}."
-        ) from error
-    except devices.LOST_WORKER_ERRORS as error:
-        if cluster.workers == 1:
-            raise
-        logging.error("Another worker exited or cannot be reached: start all workers again. (%s)", _first_line(error))
-        _exit_at_once()  # an orderly exit would wait for the worker that is gone
+        return failures.exit_code(error, job_dir=job.settings.job_dir, cluster=job.prepared.cluster)
     return 0
 
 
 def _lock(job: Job) -> contextlib.AbstractContextManager:
     if not job.is_chief:
         return contextlib.nullcontext()
-    return lock.hold(job.paths.checkpoints, on_lost=_exit_at_once)  # two jobs must not write
-
-
-def _exit_at_once() -> None:
-    logging.flush()
-    os._exit(cli.EXIT_RETRY)
-
-
-def _first_line(error: tf.errors.OpError) -> str:
-    """TensorFlow's message without its stack."""
-    return error.message.splitlines()[0][:300]
+    return lock.hold(job.paths.checkpoints, on_lost=lambda: failures.exit_at_once(cli.EXIT_RETRY))
 
 
 def _write_run_info(job: Job) -> None:
@@ -357,7 +338,12 @@ def _make_trainer(job: Job, network: Network) -> Trainer:
             nan_retries=settings.nan_retries,
             steps_per_loop=settings.steps_per_loop,
         ),
-        callbacks=Callbacks(job.progress.on_steps, job.stop_requested, job.cost.seconds),
+        callbacks=Callbacks(
+            on_steps=job.progress.on_steps,
+            stop_requested=job.stop_requested,
+            job_seconds=job.cost.seconds,
+            barrier=functools.partial(agreement.barrier, job.devices),
+        ),
     )
     if trainer.resume():
         logging.info("Resuming from the checkpoint after epoch %d.", len(trainer.state.history))

@@ -22,9 +22,15 @@ def find_mismatched_replica(description: str, devices: Devices) -> int | None:
 
         return devices.strategy.experimental_local_results(devices.strategy.run(replica_gather))[0]
 
-    digests = gather().numpy() if devices.replicas > 1 else digest
+    with devices.waiting("comparing the state of all workers"):
+        digests = gather().numpy() if devices.replicas > 1 else digest
     mismatched = np.flatnonzero((digests != digests[0]).any(axis=1))
     return int(mismatched[0]) if len(mismatched) else None
+
+
+def barrier(devices: Devices) -> None:
+    """Returns when every worker has called it."""
+    find_mismatched_replica("", devices)
 
 
 def from_chief(values: np.ndarray | None, shape: tuple[int, ...], devices: Devices) -> np.ndarray:
@@ -49,4 +55,5 @@ def from_chief(values: np.ndarray | None, shape: tuple[int, ...], devices: Devic
 
         return devices.strategy.experimental_local_results(devices.strategy.run(replica_sum))[0]
 
-    return sum_over_replicas().numpy()
+    with devices.waiting("getting a result of the chief"):
+        return sum_over_replicas().numpy()

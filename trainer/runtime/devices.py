@@ -1,6 +1,8 @@
 """Chooses the devices, the tf.distribute strategy, the precision and XLA compilation, once per process."""
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import tensorflow as tf
@@ -10,15 +12,9 @@ from trainer.errors import UserError
 from trainer.runtime import gpu
 from trainer.runtime.cluster import Cluster
 
-# What a collective operation raises if a worker at its other end is gone.
-LOST_WORKER_ERRORS = (
-    tf.errors.UnavailableError,
-    tf.errors.AbortedError,
-    tf.errors.InternalError,
-    tf.errors.CancelledError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.FailedPreconditionError,
-)
+
+def _unwatched(activity: str) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +27,21 @@ class Devices:
     replicas: int
     local_replicas: int
     first_replica: int
+    # Encloses each call that ends only when all workers have made it; its argument names the call.
+    waiting: Callable[[str], contextlib.AbstractContextManager] = _unwatched
 
 
-def start(cluster: Cluster, *, require_gpu: bool) -> Devices:
+def start(
+    cluster: Cluster,
+    *,
+    require_gpu: bool,
+    waiting: Callable[[str], contextlib.AbstractContextManager] = _unwatched,
+) -> Devices:
     """Creates the strategy: none for one device, Mirrored for several, MultiWorkerMirrored for several hosts.
 
     Call it before any other TensorFlow operation: collective operations are configured at program start
-    (tensorflow#55178). Several hosts need TF_CONFIG. Raises UserError if `require_gpu` and TensorFlow sees no GPU.
+    (tensorflow#55178). Several hosts need TF_CONFIG; `waiting` is that of a WorkerWatch. Raises UserError if
+    `require_gpu` and TensorFlow sees no GPU.
     """
     gpus = tf.config.list_physical_devices("GPU")
     _check_gpus(gpus, require_gpu)
@@ -49,7 +53,8 @@ def start(cluster: Cluster, *, require_gpu: bool) -> Devices:
         options = tf.distribute.experimental.CommunicationOptions(
             implementation=implementation.NCCL if gpus else implementation.RING
         )
-        strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+        with waiting("the start of all workers"):
+            strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     elif len(tf.config.list_logical_devices(kind)) > 1:
         strategy = tf.distribute.MirroredStrategy([device.name for device in tf.config.list_logical_devices(kind)])
     else:
@@ -65,6 +70,7 @@ def start(cluster: Cluster, *, require_gpu: bool) -> Devices:
         replicas=replicas,
         local_replicas=local_replicas,
         first_replica=cluster.index * local_replicas,
+        waiting=waiting,
     )
 
 

@@ -31,9 +31,9 @@ def remaining_stages(
 
     def profile(stage: str) -> ProfileRange | None:
         """Profiled are steps of the whole network, or of the head where that is the only stage."""
-        if not profile_range or not inputs.is_chief or (stage == HEAD and settings.epochs):
+        if not profile_range or (stage == HEAD and settings.epochs):
             return None
-        return ProfileRange(settings.tensorboard_dir, *profile_range)
+        return ProfileRange(settings.tensorboard_dir if inputs.is_chief else "", *profile_range)
 
     if settings.head_epochs and trainer.state.stage != WHOLE_NETWORK:
         stage = stages.head_stage(

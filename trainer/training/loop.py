@@ -30,6 +30,8 @@ class StopReason(enum.IntEnum):
 
 
 _NUM_STOP_REASONS = len(StopReason) - 1  # without NONE
+_STOP_COLUMNS = slice(3, 3 + _NUM_STOP_REASONS)  # of the row of a step
+_ROW_SIZE = 3 + _NUM_STOP_REASONS + 1
 
 
 def _never_stop() -> StopReason:
@@ -71,29 +73,40 @@ class TrainingLoop:
             **name_variables("optimizer", state),
         }
         gradients = tf.function(self._gradients, jit_compile=True) if jit_compile else self._gradients
-        self._replica_step = lambda batch, stop: self._step(gradients, batch, stop)
+        self._replica_step = lambda batch, stop, proposal: self._step(gradients, batch, stop, proposal)
         self._train_steps = tf.function(self._steps, reduce_retracing=True)
         self._infer: Callable | None = None
 
     def trace(self, iterator: Iterator) -> None:
         """Builds the graph of train_steps for such batches; without it, the first call does."""
-        self._train_steps.get_concrete_function(iterator, tf.constant(1), tf.constant(0))
+        self._train_steps.get_concrete_function(iterator, tf.constant(1), tf.constant(0), tf.constant(0))
 
-    def train_steps(self, iterator: Iterator, count: int, stop: StopReason = StopReason.NONE) -> "StepResults":
-        """Runs up to `count` steps; all workers end after the same step if any of them passes a reason to stop."""
-        rows, waited = self._train_steps(iterator, tf.constant(count), tf.constant(int(stop)))
-        return StepResults(rows.numpy().astype(np.float64), float(waited.numpy()))
+    def train_steps(
+        self, iterator: Iterator, count: int, stop: StopReason = StopReason.NONE, proposal: int = 0
+    ) -> "StepResults":
+        """Runs up to `count` steps; all workers end after the same step if any of them passes a reason to stop.
 
-    def _steps(self, iterator: Iterator, count: tf.Tensor, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        rows = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[3 + _NUM_STOP_REASONS])
+        All workers must pass the same count. `proposal` is a later count that this worker proposes; the results have that
+        of the chief.
+        """
+        with self._devices.waiting("training steps"):
+            rows, waited = self._train_steps(
+                iterator, tf.constant(count), tf.constant(int(stop)), tf.constant(proposal)
+            )
+            return StepResults(rows.numpy().astype(np.float64), float(waited.numpy()))
+
+    def _steps(
+        self, iterator: Iterator, count: tf.Tensor, stop: tf.Tensor, proposal: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        rows = tf.TensorArray(tf.float32, 0, dynamic_size=True, element_shape=[_ROW_SIZE])
         is_stopped = tf.constant(False)
         done, waited = tf.constant(0), tf.constant(0.0, tf.float64)
         while done < count and not is_stopped:
             batch, seconds = self._next_timed(iterator)
-            result = self._devices.strategy.run(self._replica_step, args=(batch, stop))
+            result = self._devices.strategy.run(self._replica_step, args=(batch, stop, proposal))
             row = self._devices.strategy.experimental_local_results(result)[0]  # summed: the same on each replica
             rows = rows.write(done, row)
-            is_stopped = tf.reduce_any(row[3:] > 0)
+            is_stopped = tf.reduce_any(row[_STOP_COLUMNS] > 0)
             done, waited = done + 1, waited + seconds
         return rows.stack(), waited
 
@@ -111,13 +124,23 @@ class TrainingLoop:
         with tf.control_dependencies([part for parts in local for part in parts]):
             return batch, tf.timestamp() - started
 
-    def _step(self, gradients: Callable, batch: dict[str, tf.Tensor], stop: tf.Tensor) -> tf.Tensor:
+    def _step(
+        self, gradients: Callable, batch: dict[str, tf.Tensor], stop: tf.Tensor, proposal: tf.Tensor
+    ) -> tf.Tensor:
         scale = self.optimizer.scale_loss(tf.constant(1.0))
         loss, correct, grads = gradients(batch, self._dropout_factors(batch), scale)
         row = tf.stack([loss, correct, tf.reduce_sum(batch["weight"])])
-        row = tf.concat([row, tf.one_hot(stop - 1, _NUM_STOP_REASONS)], 0)  # NONE becomes zeros
+        context = tf.distribute.get_replica_context()
+        is_first = tf.equal(context.replica_id_in_sync_group, 0)  # of the chief
+        row = tf.concat(
+            [
+                row,
+                tf.one_hot(stop - 1, _NUM_STOP_REASONS),  # NONE becomes zeros
+                [tf.cast(tf.where(is_first, proposal, 0), tf.float32)],
+            ],
+            axis=0,
+        )
         if self._devices.replicas > 1:
-            context = tf.distribute.get_replica_context()
             *grads, row = context.all_reduce(tf.distribute.ReduceOp.SUM, [*grads, row])
         self.optimizer.apply(grads, self._trainable)
         return row
@@ -169,8 +192,8 @@ class TrainingLoop:
 class StepResults:
     """Results of consecutive steps.
 
-    `rows` is float64 [steps, 5]: loss, number of correct predictions, sum of the weights, then for each StopReason but
-    NONE the number of replicas that asked to stop.
+    `rows` is float64 [steps, 6]: loss, number of correct predictions, sum of the weights, then for each StopReason but
+    NONE the number of replicas that asked to stop, then the chief's proposal.
     """
 
     rows: np.ndarray
@@ -179,8 +202,13 @@ class StepResults:
     @property
     def stop_reason(self) -> StopReason:
         """The largest reason to stop that a replica gave at the last step."""
-        asked = np.flatnonzero(self.rows[-1, 3:])
+        asked = np.flatnonzero(self.rows[-1, _STOP_COLUMNS])
         return StopReason(int(asked[-1]) + 1) if len(asked) else StopReason.NONE
+
+    @property
+    def proposal(self) -> int:
+        """What the chief passed as `proposal`; the same on all workers."""
+        return int(self.rows[-1, -1])
 
 
 class ModelOutputs(NamedTuple):
@@ -191,7 +219,10 @@ class ModelOutputs(NamedTuple):
 
 
 def make_inference(network: Callable[[tf.Tensor], tf.Tensor], devices: Devices) -> Callable:
-    """A compiled function (batch, stop) -> float32 [R * b, width + 2]: output, weight of the row, reason to stop."""
+    """A compiled function (iterator of batches, stop) -> float32 [R * b, width + 2] of the next batch.
+
+    Each row is the output, the weight of the row, the reason to stop.
+    """
 
     def replica_infer(batch: dict[str, tf.Tensor], stop: tf.Tensor) -> tf.Tensor:
         output = tf.cast(network(batch["x"]), tf.float32)
@@ -205,7 +236,11 @@ def make_inference(network: Callable[[tf.Tensor], tf.Tensor], devices: Devices) 
     def infer(batch: Any, stop: tf.Tensor) -> tf.Tensor:
         return devices.strategy.experimental_local_results(devices.strategy.run(replica_infer, args=(batch, stop)))[0]
 
-    return infer
+    def infer_next(iterator: Iterator, stop: StopReason) -> np.ndarray:
+        with devices.waiting("a pass over images"):  # several workers read the next batch together, too
+            return infer(next(iterator), tf.constant(float(stop))).numpy()
+
+    return infer_next
 
 
 def run_inference(
@@ -213,17 +248,17 @@ def run_inference(
     batches: Iterable,
     plan: EpochPlan,
     *,
-    on_batch: Callable[[int], None] = lambda num_examples: None,
+    on_batch: Callable[[ModelOutputs], None] = lambda outputs: None,
     stop_requested: Callable[[], StopReason] = _never_stop,
 ) -> ModelOutputs:
-    """Runs `infer` over one pass. After each batch, `on_batch` is called with its number of examples.
+    """Runs `infer` of make_inference over one pass. After each batch, `on_batch` is called with its outputs.
 
     Raises TrainingInterrupted after the batch in which any worker asks to stop.
     """
     num_examples = int(plan.weight.sum())
-    values, is_readable = None, np.zeros(num_examples, bool)
-    for step, batch in enumerate(batches):
-        output = infer(batch, tf.constant(float(stop_requested()))).numpy()
+    values, is_readable, iterator = None, np.zeros(num_examples, bool), iter(batches)
+    for step in range(plan.steps):
+        output = infer(iterator, stop_requested())
         if output[:, -1].any():
             raise TrainingInterrupted(StopReason(int(output[:, -1].max())))
         is_real = plan.weight[step].reshape(-1) > 0
@@ -232,7 +267,7 @@ def run_inference(
             values = np.zeros((num_examples, output.shape[1] - 2), np.float32)
         values[index] = output[is_real, :-2]
         is_readable[index] = output[is_real, -2] > 0
-        on_batch(len(index))
+        on_batch(ModelOutputs(values[index], is_readable[index]))
     if values is None:
         raise ValueError("batches is empty: pass at least one batch.")
     return ModelOutputs(values, is_readable)
@@ -311,7 +346,10 @@ class EpochTotals:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileRange:
-    """First and last step of an epoch, counted from 1, that are profiled into a TensorBoard folder."""
+    """First and last step of an epoch, counted from 1, that are profiled into a TensorBoard folder.
+
+    All workers run them in one call; on those without a `directory`, nothing is written.
+    """
 
     directory: str
     first: int
@@ -351,16 +389,17 @@ def train_epoch(
         totals, seconds=totals.seconds + startup, input_wait_seconds=totals.input_wait_seconds + startup
     )
     loop.trace(iterator)
-    count = steps_per_loop or 1
+    count = proposal = steps_per_loop or 1
     while totals.steps < steps:
         num_steps, profiling = min(count, steps - totals.steps), contextlib.nullcontext()
         if profile and totals.steps + 1 == profile.first:
-            num_steps, profiling = profile.steps, tf.profiler.experimental.Profile(profile.directory)
+            num_steps = profile.steps
+            profiling = tf.profiler.experimental.Profile(profile.directory) if profile.directory else profiling
         elif profile and totals.steps + 1 < profile.first:
             num_steps = min(num_steps, profile.first - 1 - totals.steps)
         started = time.monotonic()
         with profiling:
-            results = loop.train_steps(iterator, num_steps, stop_requested())
+            results = loop.train_steps(iterator, num_steps, stop_requested(), proposal)
         seconds = time.monotonic() - started
         losses = results.rows[:, 0]
         not_finite = np.flatnonzero(~np.isfinite(losses))
@@ -372,5 +411,8 @@ def train_epoch(
         if reason != StopReason.NONE:
             raise TrainingInterrupted(reason)
         if not steps_per_loop:
-            count = int(np.clip(count * SECONDS_PER_LOOP / max(seconds, 1e-3), 1, 2 * count))
+            # Calls of different lengths would not pair, and the workers would wait for each other for ever. All of them
+            # therefore take the count of the chief, which arrives with the results of the steps, one call later.
+            count = results.proposal
+            proposal = int(np.clip(num_steps * SECONDS_PER_LOOP / max(seconds, 1e-3), 1, 2 * num_steps))
     return totals

@@ -84,7 +84,9 @@ def head_stage(
     logging.info("Features of %d images: read from %s, or computed and kept there.", len(images.paths), feature_dir)
     batch_times: list[tuple[float, int]] = []
     compute = _feature_function(inputs, batch_times)
-    outputs = feature_cache.load_or_compute(feature_dir, name, len(images.paths), compute, is_chief=inputs.is_chief)
+    outputs = feature_cache.load_or_compute(
+        feature_dir, name, len(images.paths), compute, is_chief=inputs.is_chief, devices=inputs.devices
+    )
     images.record_unreadable(images.paths[~outputs.is_readable])
     images.check_bad_fraction()
     sources = [
@@ -230,8 +232,8 @@ def _seconds_per_image(batch_times: list[tuple[float, int]]) -> float | None:
     return (batch_times[-1][0] - batch_times[0][0]) / sum(size for _, size in batch_times[1:])
 
 
-def _feature_function(inputs: StageInputs, batch_times: list[tuple[float, int]]) -> Callable[[int, int], ModelOutputs]:
-    """A function (start, end) -> features float32 [end - start, F] of those images, traced once for all its calls.
+def _feature_function(inputs: StageInputs, batch_times: list[tuple[float, int]]) -> feature_cache.Compute:
+    """A function that computes the features of a range of images, traced once for all its calls.
 
     It adds the end of each batch, in seconds of the monotonic clock, and its number of images to `batch_times`.
     """
@@ -240,7 +242,7 @@ def _feature_function(inputs: StageInputs, batch_times: list[tuple[float, int]])
     transform = BatchTransform(inputs.network_input.preprocessing, None, backbone.compute_dtype)
     batch_size = INFERENCE_BATCH * devices.replicas
 
-    def compute(start: int, end: int) -> ModelOutputs:
+    def compute(start: int, end: int, on_features: Callable[[ModelOutputs], None]) -> ModelOutputs:
         plan = sampler.ordered_epoch(end - start, batch_size=batch_size, replicas=devices.replicas)
         _decode_if_cached(inputs)
         source = inputs.images.source(np.arange(start, end))
@@ -248,9 +250,10 @@ def _feature_function(inputs: StageInputs, batch_times: list[tuple[float, int]])
         batches = input_pipeline.batches(plan, source, labels, transform=transform, devices=devices)
         with inputs.progress.bar("computing features", end - start) as bar:
 
-            def on_batch(num_examples: int) -> None:
-                batch_times.append((time.monotonic(), num_examples))
-                bar.update(num_examples)
+            def on_batch(outputs: ModelOutputs) -> None:
+                batch_times.append((time.monotonic(), len(outputs.values)))
+                bar.update(len(outputs.values))
+                on_features(outputs)
 
             return run_inference(infer, batches, plan, on_batch=on_batch, stop_requested=inputs.stop_requested)
 

@@ -108,6 +108,7 @@ class Callbacks:
     on_steps: Callable[[str, int, int, int, EpochTotals], None]  # stage, epoch, epochs left, steps, totals
     stop_requested: Callable[[], StopReason]
     job_seconds: Callable[[], float]  # of the whole job so far
+    barrier: Callable[[], None] = lambda: None  # returns when all workers have called it
 
 
 class Trainer:
@@ -284,6 +285,7 @@ class Trainer:
         if used >= self._options.nan_retries:
             raise UserError(f"{what} The last checkpoint is kept: lower the learning rate, or set --clip_norm=1.")
         self._writer.wait()
+        self._callbacks.barrier()  # the other workers read what the chief has just written
         has_checkpoint = self.resume()
         if not has_checkpoint or self.state.stage != stage.name:
             raise UserError(f"{what} This stage has no checkpoint yet: lower the learning rate, or set --clip_norm=1.")

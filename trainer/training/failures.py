@@ -1,0 +1,59 @@
+"""Why a job ended before its end: what it logs, and its exit code."""
+
+import os
+from typing import NoReturn
+
+import tensorflow as tf
+from absl import logging
+
+from trainer import cli
+from trainer.errors import UserError
+from trainer.runtime import worker_watch
+from trainer.runtime.cluster import Cluster
+from trainer.training.loop import TrainingInterrupted
+
+# What a collective operation raises if a worker at its other end is gone.
+LOST_WORKER_ERRORS = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.InternalError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.FailedPreconditionError,
+)
+
+
+def exit_code(error: Exception, *, job_dir: str, cluster: Cluster) -> int:
+    """Logs why the job ended and returns its exit code.
+
+    Raises UserError if the user must change something, and the error itself if it is none that a job expects. Ends the
+    process if another worker is gone.
+    """
+    if isinstance(error, TrainingInterrupted):
+        logging.warning("Stopped; everything is saved in %s. The same command resumes the run.", job_dir)
+        return cli.EXIT_STOPPED
+    if isinstance(error, TimeoutError):  # of a bucket
+        logging.error("%s: %s. The last checkpoint in %s is complete.", error.filename, error.strerror, job_dir)
+        return cli.EXIT_RETRY
+    if isinstance(error, OSError):
+        raise UserError(
+            f"{error.filename or job_dir} cannot be written or read ({error.strerror or error}): fix that and start the "
+            f"same command again; it resumes from the last complete checkpoint in {job_dir}."
+        ) from error
+    if isinstance(error, LOST_WORKER_ERRORS) and cluster.workers > 1:
+        lost = worker_watch.describe_unreachable(cluster, error.message)
+        leave_other_workers(f"A worker exited or cannot be reached: {lost}", code=cli.EXIT_RETRY)
+    raise error
+
+
+def leave_other_workers(reason: str, *, code: int) -> NoReturn:
+    """Logs the reason and ends the process at once: an orderly exit would wait for the workers."""
+    advice = "start all workers again; they resume from the last complete checkpoint"
+    logging.error("%s. To do: see the log of that worker, then %s.", reason, advice)
+    exit_at_once(code)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """Ends the process without waiting for anything."""
+    logging.flush()
+    os._exit(code)
