@@ -206,7 +206,7 @@ def _image_source(prepared: PreparedJob, paths: JobDir) -> ImageSource:
 def _is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> bool:
     """Whether nothing is left to do in job_dir, which is then logged."""
     values = finished.paths.read_metrics()
-    if not values or values["epochs"] != [settings.head_epochs, settings.epochs]:
+    if not values or values.get("epochs") != [settings.head_epochs, settings.epochs]:
         return False
     if values.get("stopped_by_cost"):
         if not settings.max_cost or values["cost"] < settings.max_cost:

@@ -200,7 +200,8 @@ def _with_earlier_flags(settings: Config, fingerprint: str, split: Split, class_
     downloaded, does not count.
     """
     paths = JobDir(settings.job_dir)
-    before = paths.read_config()
+    files.check_links(settings.job_dir)
+    before = paths.read_config(job_dir.FLAGS_OF_A_RUN)
     if before is None:
         return settings
     if not paths.has_progress():
@@ -220,7 +221,7 @@ def _with_earlier_flags(settings: Config, fingerprint: str, split: Split, class_
             f"{settings.job_dir} holds a run with other flags ({'; '.join(differences)}): pass another --job_dir, or the "
             "flags of that run."
         )
-    if before["fingerprint"] != fingerprint:
+    if before.get("fingerprint") != fingerprint:
         changed = "its split.csv, which lists them, is gone"
         if files.exists(paths.split):
             changed = splits.describe_changes(paths.split, split, class_names)

@@ -144,6 +144,7 @@ def main(arguments: list[str]) -> int:
     values = settings.as_dict()
     fixed = {name: values[name] for name in values if name in given and name not in PATH_FLAGS and name not in names}
     files.make_directory(study_dir.trials)
+    files.check_links(study_dir.root)
     with lock.hold(study_dir.root):
         return Tuner(study_dir, settings.data_dir, names, fixed).run(flags.FLAGS.trials)
 
@@ -187,9 +188,8 @@ class Tuner:
         self._states = optuna.trial.TrialState
         self._study_dir, self._data_dir, self._fixed = study_dir, data_dir, fixed
         self._distributions = {name: _distribution(name) for name in names}
-        backend = optuna.storages.journal.JournalFileBackend(study_dir.journal)
         self._study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(backend),
+            storage=_open_journal(study_dir.journal),
             sampler=optuna.samplers.TPESampler(seed=fixed.get("seed", 0), n_startup_trials=STARTUP_TRIALS),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=EPOCHS_BEFORE_PRUNING),
             study_name="trainer",
@@ -343,6 +343,15 @@ def _import_optuna() -> ModuleType:
     except ImportError:
         raise UserError("Optuna is not installed: pip install optuna.") from None
     return optuna
+
+
+def _open_journal(path: str) -> Any:
+    """The storage of a study. Raises UserError if the file is damaged, other than by a kill in its last line."""
+    storages = _import_optuna().storages
+    try:
+        return storages.JournalStorage(storages.journal.JournalFileBackend(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or pass another --job_dir.") from None
 
 
 def _distribution(name: str) -> Any:

@@ -77,7 +77,8 @@ def test_a_saved_model_returns_heat_maps_with_a_maximum_of_1(classifier):
 
 def test_a_job_dir_without_labels_or_weights_is_a_user_error(tmp_path):
     paths = JobDir(str(tmp_path))
-    files.atomic_write(paths.config, json.dumps({"flags": {}}))
+    flags = {"image_size": 32, "preprocessing": "rescale", "head": "average"}
+    files.atomic_write(paths.config, json.dumps({"flags": flags}))
     with pytest.raises(UserError, match=r"labels\.txt, which names the classes, does not exist"):
         load(str(tmp_path))
     files.atomic_write(paths.labels, "cat\ndog\n")

@@ -10,6 +10,7 @@ import h5py
 import keras
 import numpy as np
 
+from trainer.errors import UserError
 from trainer.storage import files
 
 _HDF5_BYTES_PER_ARRAY = 8192  # upper bound of the overhead of one array: a file of 320 arrays had 1,600 each
@@ -74,19 +75,37 @@ def write(path: str, model: keras.Model, best: BestEpoch) -> None:
 
 
 def read(path: str) -> BestEpoch:
-    """The validation result in a best.weights.h5; NO_EPOCH if the file does not exist."""
+    """The validation result in a best.weights.h5; NO_EPOCH if the file does not exist. Raises UserError if it is damaged."""
     contents = files.read(path)
     if contents is None:
         return NO_EPOCH
-    with h5py.File(io.BytesIO(contents), "r") as file:
-        group = file["validation"]
-        attributes = group.attrs
-        return BestEpoch(
-            epoch=int(attributes["epoch"]),
-            val_accuracy=float(attributes["val_accuracy"]),
-            val_loss=float(attributes["val_loss"]),
-            # Weights of earlier versions have no balanced accuracy: any later epoch is then better.
-            balanced_accuracy=float(attributes.get("balanced_accuracy", -1.0)),
-            probabilities=group["probabilities"][:],
-            is_readable=group["is_readable"][:],
-        )
+    try:
+        with h5py.File(io.BytesIO(contents), "r") as file:
+            return _validation_result(file["validation"], max_bytes=len(contents))
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # as HDF5 and h5py raise them
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not that of a run ({reason}): restore it, or train again.") from None
+
+
+def _validation_result(group: h5py.Group, *, max_bytes: int) -> BestEpoch:
+    """Raises ValueError if the arrays do not fit in the file, which a damaged one may claim."""
+    attributes = group.attrs
+    for name in ("probabilities", "is_readable"):
+        if group[name].nbytes > max_bytes:
+            raise ValueError(f"{name} has {group[name].nbytes} bytes in a file of {max_bytes}")
+    return BestEpoch(
+        epoch=int(attributes["epoch"]),
+        val_accuracy=float(attributes["val_accuracy"]),
+        val_loss=float(attributes["val_loss"]),
+        # Weights of earlier versions have no balanced accuracy: any later epoch is then better.
+        balanced_accuracy=float(attributes.get("balanced_accuracy", -1.0)),
+        probabilities=group["probabilities"][:],
+        is_readable=group["is_readable"][:],
+    )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer import config
 from trainer.artifacts.metrics import top_class
 from trainer.data import splits
 from trainer.data.dataset import Examples, Split
@@ -46,6 +47,19 @@ TIME_COLUMNS = (
 PREDICTION_COLUMNS = ("path", "label", "predicted", "probability", "label_probability")
 BAD_FILE_COLUMNS = ("path", "reason")
 PAGE_NAME = "index.html"  # of a report
+# Of the flags in config.json, those that a model needs, and those that every run has.
+FLAGS_OF_A_MODEL = ("image_size", "preprocessing", "head")
+FLAGS_OF_A_RUN = (
+    *FLAGS_OF_A_MODEL,
+    "data_dir",
+    "weights",
+    "augment",
+    "batch_size",
+    "head_epochs",
+    "epochs",
+    "head_learning_rate",
+    "learning_rate",
+)
 DEFAULT_NAME = "demo_job"  # the job_dir of a run without --data_dir and --job_dir
 
 
@@ -175,17 +189,35 @@ class JobDir:
         for directory in (self.root, self.checkpoints, self.report):
             files.remove_partial_files(directory)
 
-    def read_config(self) -> dict[str, Any] | None:
-        """The value in config.json, None if no run has started."""
-        return files.read_json(self.config)
+    def read_config(self, flag_names: Iterable[str] = ()) -> dict[str, Any] | None:
+        """The value in config.json, None if no run has started.
+
+        Raises UserError if it is not that of a run, or lacks one of the flags `flag_names`.
+        """
+        value = files.read_json_object(self.config)
+        if value is None:
+            return None
+        for part in ("flags", "defaults", "resolved", "versions"):
+            if not isinstance(value.setdefault(part, None if part == "flags" else {}), dict):
+                raise UserError(f"{self.config} has no object {part!r}, as that of a run has: restore the file.")
+        for name in flag_names:
+            if name not in value["flags"]:
+                raise UserError(f"{self.config} lacks the flag {name!r}, which every run has: restore the file.")
+        for name, flag in value["flags"].items():
+            if not config.is_valid_type(name, flag):
+                raise UserError(f"{self.config} has {flag!r} for the flag {name!r}: restore the file.")
+        return value
 
     def write_config(self, value: dict[str, Any]) -> None:
         """Writes config.json."""
         files.write_json(self.config, value)
 
     def read_metrics(self) -> dict[str, Any] | None:
-        """The value in metrics.json, None if no run has finished."""
-        return files.read_json(self.metrics)
+        """The value in metrics.json, None if no run has finished. Raises UserError if it is not that of a run."""
+        value = files.read_json_object(self.metrics)
+        if value is not None and not isinstance(value.get("val_accuracy"), float | int):
+            raise UserError(f"{self.metrics} has no number 'val_accuracy', as that of a run has: restore the file.")
+        return value
 
     def write_metrics(self, value: dict[str, Any]) -> None:
         """Writes metrics.json."""
@@ -203,7 +235,11 @@ class JobDir:
         contents = files.read(self.labels)
         if contents is None:
             raise UserError(f"{self.labels}, which names the classes, does not exist: restore it, or train again.")
-        return tuple(contents.decode().removesuffix("\n").split("\n"))
+        try:
+            names = contents.decode().removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.labels} is not UTF-8 text ({error}): restore it, or train again.") from None
+        return tuple(names)
 
     def write_bad_files(self, bad_files: Iterable[BadFile]) -> None:
         """Writes bad_files.csv."""

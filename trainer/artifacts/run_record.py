@@ -8,18 +8,26 @@ import csv
 import dataclasses
 import functools
 import io
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from trainer import earlier_runs
-from trainer.artifacts.job_dir import JobDir
+from trainer.artifacts.job_dir import (
+    BAD_FILE_COLUMNS,
+    FLAGS_OF_A_RUN,
+    HISTORY_COLUMNS,
+    PREDICTION_COLUMNS,
+    JobDir,
+)
 from trainer.artifacts.metrics import (
     ClassificationMetrics,
     classification_metrics,
     expected_calibration_error,
     wilson_interval,
 )
+from trainer.data.splits import SPLIT_COLUMNS
 from trainer.errors import UserError
 from trainer.storage import files
 
@@ -233,11 +241,14 @@ def _epochs(count: int) -> str:
 
 
 def read(job_dir: str) -> RunRecord:
-    """The record of a run, finished or not, or of trainer.evaluate. Raises UserError if there is no run."""
+    """The record of a run, finished or not, or of trainer.evaluate. Raises UserError if there is no run, or a damaged one."""
+    files.check_links(job_dir)
     paths = JobDir(job_dir)
     config = paths.read_config()
     if config is None:
         raise UserError(f"{job_dir} has no config.json: pass the --job_dir of a run of trainer.task.")
+    if "report_dir" not in config["flags"]:  # not an evaluation
+        paths.read_config(FLAGS_OF_A_RUN)
     metrics = paths.read_metrics() or {}
     planned = [config["flags"].get("head_epochs"), config["flags"].get("epochs")]
     if metrics.get("epochs", planned) != planned:  # a finished run that resumes with more epochs
@@ -246,13 +257,13 @@ def read(job_dir: str) -> RunRecord:
         job_dir=job_dir,
         config=config,
         class_names=[name for name in _read_text(paths.labels).split("\n") if name],
-        split=_read_csv(paths.split),
-        bad_files=_read_csv(paths.bad_files),
-        history=[_epoch_row(row) for row in _read_csv(paths.history)],
-        times=[_epoch_row(row) for row in _read_csv(paths.time)],
-        predictions=[_prediction_row(row) for row in _read_csv(paths.predictions)],
+        split=_read_rows(paths.split, SPLIT_COLUMNS, dict),
+        bad_files=_read_rows(paths.bad_files, BAD_FILE_COLUMNS, dict),
+        history=_read_rows(paths.history, HISTORY_COLUMNS, _epoch_row),
+        times=_read_rows(paths.time, ("epoch", "stage"), _epoch_row),  # that of an earlier version has fewer columns
+        predictions=_read_rows(paths.predictions, PREDICTION_COLUMNS, _prediction_row),
         metrics=metrics,
-        heatmaps=files.read_json(paths.heatmaps) or {},
+        heatmaps=files.read_json_object(paths.heatmaps) or {},
     )
 
 
@@ -271,8 +282,17 @@ def _prediction_row(row: dict[str, str]) -> dict[str, Any]:
     return values
 
 
-def _read_csv(path: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
+def _read_rows(path: str, columns: Sequence[str], parse: Callable[[dict[str, str]], dict]) -> list[dict]:
+    """The parsed rows of a CSV file. Raises UserError if it lacks one of the columns or has a row that cannot be parsed."""
+    rows: list[dict] = []
+    try:
+        for row in csv.DictReader(io.StringIO(_read_text(path), newline="")):
+            if None in row or None in row.values() or not set(columns) <= set(row):
+                raise ValueError(f"expected the columns {', '.join(columns)}")
+            rows.append(parse(row))
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}, row {len(rows) + 1}: {error}: restore the file.") from None
+    return rows
 
 
 def _read_text(path: str) -> str:

@@ -84,9 +84,16 @@ def _fingerprint(folder: Folder, shard_bytes: int) -> str:
 
 def _existing_shards(output_dir: str, progress_path: str, fingerprint: str) -> list[dict[str, Any]]:
     """The shards in the manifest of an earlier run, finished or not."""
-    earlier = files.read_json(progress_path) or files.read_json(files.join(output_dir, shards.MANIFEST))
+    manifest_path = files.join(output_dir, shards.MANIFEST)
+    earlier = files.read_json_object(progress_path) or files.read_json_object(manifest_path)
     if not earlier:
         return []
+    try:
+        shards.check_shards(earlier)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{progress_path} or {manifest_path} is damaged ({error}): delete both, or pass another --output_dir."
+        ) from None
     if earlier["fingerprint"] != fingerprint:
         raise UserError(
             f"{output_dir} holds shards of other images or with another shard size: pass another --output_dir."
@@ -97,7 +104,10 @@ def _existing_shards(output_dir: str, progress_path: str, fingerprint: str) -> l
 def _is_complete(output_dir: str, number: int, shard: dict[str, Any]) -> bool:
     """Whether a shard in the manifest exists with its index, byte for byte."""
     path = files.join(output_dir, shards.shard_name(number))
-    index = shards.read_index(output_dir, number)
+    try:
+        index = shards.read_index(output_dir, number)
+    except (KeyError, TypeError, ValueError):  # a damaged index is written again, with its shard
+        return False
     return index is not None and len(index) == shard["pictures"] and files.content_hash(path) == shard["md5"]
 
 

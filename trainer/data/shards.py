@@ -60,7 +60,7 @@ def index_name(number: int) -> str:
 
 @functools.lru_cache(8)
 def open_pack(directory: str) -> Pack | None:
-    """The pack in a folder, local or gs://; None if there is none. Raises UserError if indexes are missing."""
+    """The pack in a folder, local or gs://; None if there is none. Raises UserError if indexes are missing or damaged."""
     if directory.startswith("tfds:"):
         return None
     path = files.join(directory, MANIFEST)
@@ -68,15 +68,23 @@ def open_pack(directory: str) -> Pack | None:
         return None  # listing the folder reports its errors
     try:
         manifest = files.read_json(path)
-    except ValueError:  # another file of that name
+    except UserError:  # another file of that name
         return None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return None
-
-    def read(number: int) -> list[ShardRecord]:
-        return read_index(directory, number) or []
-
-    records = [record for part in files.parallel(read, range(len(manifest["shards"]))) for record in part]
+    try:
+        check_shards(manifest)
+        _check_description(manifest)
+        indexes = files.parallel(lambda number: read_index(directory, number) or [], range(len(manifest["shards"])))
+        records = [record for index in indexes for record in index]
+        _check_records(records, manifest)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{directory}: {MANIFEST} or an index is damaged ({reason}): run trainer.pack again, into another folder."
+        ) from None
     if len(records) != manifest["pictures"]:
         raise UserError(
             f"{directory} holds {len(records)} of the {manifest['pictures']} images in its {MANIFEST}: run "
@@ -86,8 +94,43 @@ def open_pack(directory: str) -> Pack | None:
     return Pack(directory, manifest, tuple(records), {record.path: record for record in records})
 
 
+def check_shards(manifest: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError unless a manifest, or the progress of trainer.pack, lists shards."""
+    kinds: dict[str, type] = {"pictures": int, "num_bytes": int, "md5": str}
+    if not isinstance(manifest["fingerprint"], str) or not isinstance(manifest["shards"], list):
+        raise ValueError("fingerprint is not a text, or shards is not a list")
+    for shard in manifest["shards"]:
+        for name, kind in kinds.items():
+            if not isinstance(shard[name], kind):
+                raise ValueError(f"{name} of a shard is {shard[name]!r}")
+
+
+def _check_description(manifest: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError unless the other entries of a manifest are those of trainer.pack."""
+    sides, names = manifest["sides"], manifest["class_names"]
+    if sides is not None:
+        training, validation, left_out = sides
+        names = [*names, training, validation, *left_out]
+    texts = [*names, *manifest["kinds"], *(text for bad_file in manifest["bad_files"] for text in bad_file)]
+    if not isinstance(manifest["pictures"], int) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("an entry has another type than trainer.pack writes")
+    if any(len(bad_file) != 2 for bad_file in manifest["bad_files"]):
+        raise ValueError("bad_files is not a list of paths and reasons")
+
+
+def _check_records(records: list[ShardRecord], manifest: dict[str, Any]) -> None:
+    """Raises ValueError unless the positions are 0, 1, ... where all records exist, and each record is plausible."""
+    num_classes, sizes = len(manifest["class_names"]), [shard["num_bytes"] for shard in manifest["shards"]]
+    for record in records:
+        fits = 0 <= record.offset <= record.offset + record.num_bytes <= sizes[record.shard]
+        if not fits or not 0 <= record.label < num_classes:
+            raise ValueError(f"the row of {record.path!r} does not fit its shard or the classes")
+    if len(records) == manifest["pictures"] and {record.position for record in records} != set(range(len(records))):
+        raise ValueError("the positions of the images are not 0, 1, ...")
+
+
 def read_index(directory: str, number: int) -> list[ShardRecord] | None:
-    """The records of one shard, None if its index does not exist."""
+    """The records of one shard, None if its index does not exist. Raises KeyError, TypeError or ValueError for bad rows."""
     contents = files.read(files.join(directory, index_name(number)))
     if contents is None:
         return None

@@ -4,6 +4,7 @@ Shapes: B images, S pixels to a side, F features, C classes.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ import keras
 from trainer.errors import UserError
 from trainer.models import backbones
 from trainer.storage import files
+
+MAX_COMPRESSION = 20  # of an array in a weights file
 
 
 class Network(NamedTuple):
@@ -148,15 +151,31 @@ def _with_weights(backbone: str, image_size: int, weights: str) -> keras.Model:
 def _load_local_weights(model: keras.Model, local_path: str, name: str) -> None:
     try:
         with h5py.File(local_path, "r") as weights_file:
-            mismatch = _first_mismatch(model, weights_file)
-    except (OSError, KeyError) as error:  # KeyError: a link in the file that cannot be resolved
+            mismatch = _too_large(weights_file, os.path.getsize(local_path)) or _first_mismatch(model, weights_file)
+    # KeyError: a link in the file that cannot be resolved; RuntimeError: damaged structures.
+    except (OSError, KeyError, RuntimeError, AttributeError) as error:
         raise UserError(f"{name} is not a readable HDF5 weights file: {error}") from None
     if mismatch:
         raise UserError(f"{name} does not fit the network: {mismatch}")
     try:
         model.load_weights(local_path)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError) as error:  # OSError: damaged contents
         raise UserError(f"{name} does not fit the network: {str(error).splitlines()[0]}") from None
+
+
+def _too_large(weights_file: h5py.File, file_bytes: int) -> str:
+    """Describes an array whose size is not plausible in a file of that many bytes, '' if there is none.
+
+    HDF5 fills what a file lacks: one of a kilobyte can claim more than the memory holds. Weights hardly compress.
+    """
+    found: list[str] = []
+
+    def check(path: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.nbytes > MAX_COMPRESSION * file_bytes:
+            found.append(f"{path} claims {item.nbytes / 2**30:.1f} GiB, the file has {file_bytes} bytes.")
+
+    weights_file.visititems(check)
+    return found[0] if found else ""
 
 
 def _first_mismatch(model: keras.Model, weights_file: h5py.File) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.artifacts.job_dir import JobDir
+from trainer.artifacts.job_dir import FLAGS_OF_A_MODEL, JobDir
 from trainer.artifacts.metrics import top_class
 from trainer.config import DEFAULTS
 from trainer.data import formats
@@ -169,7 +169,8 @@ def _load_job_dir(directory: str) -> Classifier:
     from trainer.models import backbones, gradcam, networks
 
     paths = JobDir(directory)
-    settings = (paths.read_config() or {})["flags"]
+    files.check_links(directory)
+    settings = (paths.read_config(FLAGS_OF_A_MODEL) or {})["flags"]
     class_names = paths.read_class_names()
     if not files.exists(paths.best_weights):
         raise UserError(f"{paths.best_weights} does not exist yet: wait for the first epoch of the run.")

@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
+from trainer.errors import UserError
+
 # Raised when a damaged .npz file is read: by its zip structure, the CRC-32 or header of an array, or an early end.
 CORRUPT_ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError)
 
@@ -110,9 +112,37 @@ def local_copy(path: str) -> Iterator[str]:
 
 
 def read_json(path: str) -> Any:
-    """The value in a JSON file, or None if the file does not exist."""
+    """The value in a JSON file, or None if the file does not exist. Raises UserError if it is not JSON."""
     contents = read(path)
-    return None if contents is None else json.loads(contents)
+    try:
+        return None if contents is None else json.loads(contents)
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        raise UserError(f"{path} is not JSON ({error}): restore the file.") from None
+
+
+def read_json_object(path: str) -> dict[str, Any] | None:
+    """As read_json, of a file that holds an object: UserError if it holds another value."""
+    value = read_json(path)
+    if not isinstance(value, dict) and (value is not None or exists(path)):
+        raise UserError(f"{path} holds {json.dumps(value)[:100]}, expected a JSON object: restore the file.")
+    return value
+
+
+def check_links(directory: str) -> None:
+    """Raises UserError if a local folder has a symbolic link to a file outside of it, at any depth.
+
+    A job would read that file as its own, or write into it. Links to folders are followed: a user may keep checkpoints on
+    another disk. A bucket has no links.
+    """
+    if is_remote(directory):
+        return
+    for root, _, names in os.walk(directory):
+        for path in (os.path.join(root, name) for name in names):
+            target = os.path.realpath(path)
+            if os.path.islink(path) and os.path.commonpath([target, os.path.realpath(directory)]) != os.path.realpath(
+                directory
+            ):
+                raise UserError(f"{path} is a symbolic link to {target}, outside of {directory}: remove the link.")
 
 
 def atomic_write(path: str, contents: bytes | memoryview | str) -> None:
@@ -144,6 +174,8 @@ def atomic_path(path: str) -> Iterator[str]:
                 _gcs().write(path, file.read())
         return
     temporary = _temporary_name(path)
+    with contextlib.suppress(FileNotFoundError):  # of a killed process with the same id, or a link
+        os.remove(temporary)
     try:
         yield temporary
         with open(temporary, "rb") as file:

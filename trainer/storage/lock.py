@@ -1,6 +1,7 @@
 """Allows one job at a time on a job_dir, local or in a bucket. The lock of a killed job does not block the next one."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -34,7 +35,7 @@ def hold(directory: str, *, on_lost: Callable[[], None] = lambda: None) -> Itera
     require_posix()
     import fcntl
 
-    with open(path, "a+") as file:
+    with os.fdopen(_open_lock(path), "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -44,6 +45,20 @@ def hold(directory: str, *, on_lost: Callable[[], None] = lambda: None) -> Itera
         file.write(json.dumps(_holder()))
         file.flush()
         yield
+
+
+def _open_lock(path: str) -> int:
+    """Opens the local lock file, new or not. Raises UserError for a link, whose target would be overwritten."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path} is a symbolic link, expected the lock of a job: remove the link.") from None
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise UserError(f"{path} has another name too (a hard link), expected the lock of a job: remove it.")
+    return descriptor
 
 
 def _holder() -> dict[str, object]:

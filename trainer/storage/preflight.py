@@ -1,5 +1,7 @@
 """Checks, before anything else is done, that the paths of a job can be read and written."""
 
+import os
+import tempfile
 from collections.abc import Mapping
 
 from trainer.errors import UserError
@@ -28,11 +30,11 @@ def check_local_directory(directory: str, *, flag: str) -> None:
     """Creates a local directory and raises UserError if nothing can be written there; check_buckets covers gs://."""
     if files.is_remote(directory):
         return
-    probe = files.join(directory, ".writable")
     try:
         files.make_directory(directory)
-        files.atomic_write(probe, b"")
-        files.remove(probe)
+        # A name of its own: several jobs may start at the same time. This one is that of a partial file.
+        with tempfile.TemporaryDirectory(prefix=f".{os.getpid()}-0-", dir=directory, ignore_cleanup_errors=True):
+            pass
     except OSError as error:
         raise UserError(
             f"--{flag}={directory} cannot be written ({error.strerror}): grant write access, or pass another folder."
