@@ -30,7 +30,7 @@ from trainer.models.networks import Network
 from trainer.reporting import live, plan
 from trainer.reporting.live import ReportWriter
 from trainer.reporting.tensorboard import TensorBoard
-from trainer.runtime import agreement, devices
+from trainer.runtime import agreement, devices, rendezvous
 from trainer.runtime.cluster import Cluster
 from trainer.runtime.devices import Devices
 from trainer.runtime.signals import StopSignal
@@ -118,6 +118,7 @@ def run(prepared: PreparedJob) -> int:
         on_timeout=functools.partial(failures.leave_other_workers, code=cli.EXIT_RETRY),
         on_stop=functools.partial(failures.leave_other_workers, code=cli.EXIT_STOPPED),
     )
+    rendezvous.wait_for_workers(cluster, watch)
     machine = devices.start(cluster, require_gpu=settings.require_gpu, waiting=watch.waiting)
     prepared.stop.listen()
     precision, precision_reason = devices.choose_precision(settings.precision, machine.kind)

@@ -27,14 +27,25 @@ def images(tmp_path_factory):
 
 
 def start_workers(
-    images: pathlib.Path, job_dir: pathlib.Path, *second_worker_flags: str, flags: Sequence[str] = ()
+    images: pathlib.Path,
+    job_dir: pathlib.Path,
+    *second_worker_flags: str,
+    flags: Sequence[str] = (),
+    clock_rate: float = 1,
+    late_secs: float = 0,
 ) -> list[subprocess.Popen]:
-    """Starts two workers, the chief first; both get `flags`."""
+    """Starts two workers, the chief first; both get `flags`.
+
+    The second one starts `late_secs` later, and measures its steps with a clock that runs `clock_rate` times faster.
+    """
     addresses = [f"localhost:{port}" for port in free_ports(2)]
     workers = []
     for index in range(2):
         config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
         environment = {**os.environ, "TF_CONFIG": json.dumps(config)}
+        if index:
+            environment["CLOCK_RATE"] = str(clock_rate)
+            time.sleep(late_secs)
         own_flags = second_worker_flags if index else ()
         workers.append(resumable_job.start(images, job_dir, *flags, *own_flags, env=environment))
     return workers
@@ -49,9 +60,12 @@ def finish_workers(workers: list[subprocess.Popen], *, exit_code: int = 0) -> li
 
 @pytest.fixture(scope="module")
 def finished(images):
-    """The job_dir of a finished run of two workers, and the outputs of the workers."""
+    """The job_dir of a finished run of two workers, and the outputs of the workers.
+
+    By their clocks they would choose different numbers of steps per call, and wait for each other for ever.
+    """
     job_dir = images.parent / "two"
-    return job_dir, finish_workers(start_workers(images, job_dir))
+    return job_dir, finish_workers(start_workers(images, job_dir, flags=["--steps_per_loop=0"], clock_rate=1000))
 
 
 def test_both_workers_log_the_same_epochs_and_the_chief_writes(finished):
@@ -100,18 +114,29 @@ def test_a_signal_to_one_worker_stops_both_and_they_resume(finished, images, tmp
     assert_same(read_result(finished[0]), read_result(tmp_path / "job"))
 
 
-def test_if_one_worker_is_killed_the_other_exits_and_they_resume(finished, images, tmp_path):
+def test_workers_resume_after_one_was_killed_or_stopped(finished, images, tmp_path):
     chief, worker = start_workers(images, tmp_path / "job")
+    wait_for(chief, "epoch 10 (all)")
+    chief.kill()
+    assert_loses(worker, "worker 0")
+    finish(chief)
+    chief, worker = start_workers(images, tmp_path / "job", late_secs=10)
     wait_for(chief, "epoch 12 (all)")
-    worker.kill()
-    killed_at = time.monotonic()
-    output = finish(chief)
-    assert time.monotonic() - killed_at < 60
-    assert chief.returncode == 75, output
-    assert "Another worker exited or cannot be reached" in output
-    finish(worker)
+    worker.send_signal(signal.SIGSTOP)
+    assert_loses(chief, "worker 1")
+    worker.send_signal(signal.SIGCONT)
+    assert_loses(worker, "worker 0")
     finish_workers(start_workers(images, tmp_path / "job"))
     assert_same(read_result(finished[0]), read_result(tmp_path / "job"))
+
+
+def assert_loses(process: subprocess.Popen, lost: str) -> None:
+    """Asserts that the worker exits within a minute, and names the lost one and what to do."""
+    started = time.monotonic()
+    output = finish(process)
+    assert time.monotonic() - started < 60
+    assert process.returncode == 75, output
+    assert re.search(rf"{lost} \(localhost:\d+\) does not answer. To do: .* start all workers again", output), output
 
 
 def test_a_worker_with_other_flags_is_an_error_before_training(images, tmp_path):

@@ -39,7 +39,8 @@ def start(
 ) -> Devices:
     """Creates the strategy: none for one device, Mirrored for several, MultiWorkerMirrored for several hosts.
 
-    Call it before any other TensorFlow operation: collective operations are configured at program start
+    Call it before any other TensorFlow operation, and for several hosts after rendezvous.wait_for_workers: it waits for
+    them without end. Collective operations are configured at program start
     (tensorflow#55178). Several hosts need TF_CONFIG; `waiting` is that of a WorkerWatch. Raises UserError if
     `require_gpu` and TensorFlow sees no GPU.
     """
@@ -53,8 +54,7 @@ def start(
         options = tf.distribute.experimental.CommunicationOptions(
             implementation=implementation.NCCL if gpus else implementation.RING
         )
-        with waiting("the start of all workers"):
-            strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     elif len(tf.config.list_logical_devices(kind)) > 1:
         strategy = tf.distribute.MirroredStrategy([device.name for device in tf.config.list_logical_devices(kind)])
     else:

@@ -5,6 +5,7 @@ that is gone, but not all of these.
 """
 
 import contextlib
+import dataclasses
 import re
 import socket
 import threading
@@ -17,6 +18,15 @@ from trainer.runtime.signals import StopSignal
 STOP_GRACE_SECS = 20.0  # after a signal, for what the workers do together; Kubernetes gives 30 s in all
 CONNECT_SECS = 2.0
 POLL_SECS = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call that all workers make together."""
+
+    activity: str
+    describe: Callable[[], str]
+    started_at: float
 
 
 class WorkerWatch:
@@ -37,14 +47,18 @@ class WorkerWatch:
     ):
         self._cluster, self._timeout_secs, self._stop = cluster, timeout_secs, stop
         self._on_timeout, self._on_stop = on_timeout, on_stop
-        self._call: tuple[str, float] | None = None  # what is done together, and when the call began
+        self._call: _Call | None = None
         if cluster.workers > 1:
             threading.Thread(target=self._watch, name="worker watch", daemon=True).start()
 
     @contextlib.contextmanager
-    def waiting(self, activity: str) -> Iterator[None]:
-        """Watches the block, a call that ends when all workers have made it. `activity` says which, for the message."""
-        self._call = activity, time.monotonic()
+    def waiting(self, activity: str, describe: Callable[[], str] | None = None) -> Iterator[None]:
+        """Watches the block, a call that ends when all workers have made it.
+
+        `activity` says which call, and `describe` which workers are missing, for the message; by default those that
+        accept no connection.
+        """
+        self._call = _Call(activity, describe or (lambda: describe_unreachable(self._cluster)), time.monotonic())
         try:
             yield
         finally:
@@ -56,14 +70,15 @@ class WorkerWatch:
             call = self._call
             if call is None:
                 continue
-            activity, started = call
             now, stopped_at = time.monotonic(), self._stop.arrived_at
-            if stopped_at is not None and now - max(started, stopped_at) > STOP_GRACE_SECS:
-                self._on_stop(f"{activity} has not ended {STOP_GRACE_SECS:.0f} s after the signal")
-            elif now - started > self._timeout_secs:
+            if stopped_at is not None and now - max(call.started_at, stopped_at) > STOP_GRACE_SECS:
+                self._on_stop(
+                    f"{call.activity} has not ended {STOP_GRACE_SECS:.0f} s after the signal; {call.describe()}"
+                )
+            elif now - call.started_at > self._timeout_secs:
                 self._on_timeout(
-                    f"This worker has waited {now - started:.0f} s for the others ({activity}); "
-                    f"{describe_unreachable(self._cluster)}"
+                    f"This worker has waited {now - call.started_at:.0f} s for the others ({call.activity}); "
+                    f"{call.describe()}"
                 )
 
 
