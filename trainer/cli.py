@@ -65,7 +65,8 @@ def run(main: Callable[[list[str]], int | None], *, define_flags: Callable[[], N
     """Parses the flags, calls main(positional arguments) and exits with its return value, 0 for None.
 
     A UserError, from the flags or from main, is printed as one line on stderr, with exit code 2. So is an OSError of a
-    bucket, with exit code 75 for a timeout. Other exceptions keep their traceback and exit code 1: a retry may help.
+    bucket, with exit code 75 for a timeout, and a lack of memory. Other exceptions keep their traceback and exit code 1: a
+    retry may help.
     """
     define_flags()
     flags.DEFINE_boolean("help", False, "Show this help and exit.", short_name="h")
@@ -85,12 +86,15 @@ def run(main: Callable[[list[str]], int | None], *, define_flags: Callable[[], N
             python_logging.captureWarnings(True)  # log the warnings of Python as well
         sys.exit(main(arguments) or 0)
     except (flags.Error, UserError) as error:
-        _print_error(error, hint=f"`{program()} --help` lists the flags." if isinstance(error, flags.Error) else "")
+        print_error(error, hint=f"`{program()} --help` lists the flags." if isinstance(error, flags.Error) else "")
         sys.exit(EXIT_USER_ERROR)
     except Exception as error:
         if isinstance(error, OSError) and str(error.filename).startswith("gs://"):
-            _print_error(UserError(f"{error.filename}: {error.strerror}"), hint="")
+            print_error(UserError(f"{error.filename}: {error.strerror}"))
             sys.exit(EXIT_RETRY if isinstance(error, TimeoutError) else EXIT_USER_ERROR)
+        if advice := memory_error(error):  # a retry would fail at the same place
+            print_error(advice)
+            sys.exit(EXIT_USER_ERROR)
         if not logs_json():
             raise
         print(_json_line("CRITICAL", traceback.format_exc()), file=sys.stderr)  # one entry, not one per line
@@ -145,7 +149,23 @@ def shows_bars() -> bool:
     return sys.stderr.isatty() and not logs_json()
 
 
-def _print_error(error: Exception, *, hint: str) -> None:
+def memory_error(error: Exception) -> UserError | None:
+    """What was too large, and what to try, if Python or TensorFlow could not allocate memory; else None."""
+    # TensorFlow is not imported here. XLA raises an InternalError with this status in its text.
+    is_tensorflow = type(error).__module__.startswith("tensorflow.")
+    is_exhausted = type(error).__name__ == "ResourceExhaustedError" or "RESOURCE_EXHAUSTED" in str(error)
+    if not isinstance(error, MemoryError) and not (is_tensorflow and is_exhausted):
+        return None
+    reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    sizes = [f"--{name}={flags.FLAGS[name].value}" for name in ("batch_size", "image_size") if name in flags.FLAGS]
+    advice = "pass a smaller --batch_size" if sizes else "use a machine with more memory"
+    if "accumulate_steps" in flags.FLAGS:
+        advice = "pass --accumulate_steps=auto, which computes the same batch in parts, or a smaller --batch_size"
+    return UserError(f"There is not enough memory for {' '.join(sizes) or 'this command'} ({reason}): {advice}.")
+
+
+def print_error(error: Exception, *, hint: str = "") -> None:
+    """Prints an error as one line."""
     text = " ".join(str(error).split())
     if logs_json():
         print(_json_line("ERROR", f"{text} {hint}".strip()), file=sys.stderr)

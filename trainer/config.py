@@ -171,6 +171,13 @@ class Config:
     batch_size: int = flag(
         32, "Images per step over all workers and devices (the global batch).", at_least=1, in_readme=True
     )
+    accumulate_steps: str = flag(
+        "1",
+        "Number of parts in which the batch of each device is computed, one after another, in fine-tuning. The gradients are "
+        "those of the whole batch, with less memory and time lost. auto: 1, doubled until it fits. Not with trained batch-norm "
+        "statistics, which would be those of the parts.",
+        resumable=True,
+    )
     head_epochs: int = flag(
         -1,
         "Epochs of the head alone, on features that are computed once. -1: until it is done, by logistic regression or, on "
@@ -346,6 +353,7 @@ class Config:
                 f"--weights=none with --head_epochs={self.head_epochs}: a head on features of random weights learns "
                 "little. Pass --head_epochs=0 --epochs=N to train the whole network, or pass --weights."
             )
+        self._check_accumulation()
         if self.max_cost and not self.price_per_hour:
             raise UserError(f"--max_cost is {self.max_cost}, but --price_per_hour is not set: pass both.")
         shortest_stage = min((epochs for epochs in (self.head_epochs, self.epochs) if epochs > 0), default=math.inf)
@@ -367,6 +375,17 @@ class Config:
                     "or pass another backbone."
                 )
         self.profile_range()
+
+    def _check_accumulation(self) -> None:
+        parts = self.accumulate_steps
+        if parts != "auto" and not (parts.isascii() and parts.isdigit() and int(parts) >= 1):
+            raise UserError(f"--accumulate_steps is {parts!r}: pass auto, or a number of at least 1.")
+        trains_statistics = self.batch_norm == "train" or (self.batch_norm == "auto" and self.weights == "none")
+        if parts != "1" and trains_statistics:
+            raise UserError(
+                f"--accumulate_steps={parts} with trained batch-norm statistics, which would be those of the parts and not "
+                "of the batch: pass --batch_norm=frozen, or leave it out."
+            )
 
     @property
     def monitored_metric(self) -> str:

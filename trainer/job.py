@@ -406,6 +406,7 @@ def _stage_inputs(job: Job, network: Network) -> StageInputs:
         split=split,
         class_weights=sampler.class_weights(split.training.labels, len(job.class_names), settings.class_weight),
         batch_size=settings.batch_size,
+        accumulate_steps=settings.accumulate_steps,
         seed=settings.seed,
         network_input=job.prepared.network_input,
         precision=job.precision,

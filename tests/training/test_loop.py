@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer import cli
 from trainer.data import input_pipeline, sampler
 from trainer.errors import UserError
 from trainer.models import networks
@@ -36,11 +37,14 @@ LABELS = (FEATURES @ RNG.normal(size=(6, 3))).argmax(axis=1).astype(np.int32)
 
 
 def make_loop(
-    recipe=SGD, *, epochs=4, batch_size=8, seed=0, loss_scaling=False, xla=False
+    recipe=SGD, *, epochs=4, batch_size=8, seed=0, loss_scaling=False, xla=False, accumulate_steps=1, layers=()
 ) -> tuple[Network, TrainingLoop]:
     keras.utils.set_random_seed(1)
     inputs = keras.Input([6])
-    network = networks.with_head(keras.Model(inputs, keras.layers.Dense(16, "tanh")(inputs)), 3)
+    features = keras.layers.Dense(16, "tanh")(inputs)
+    for layer in layers:
+        features = layer(features)
+    network = networks.with_head(keras.Model(inputs, features), 3)
     steps = sampler.steps_per_epoch(50, batch_size)
     loop = TrainingLoop(
         network.backbone,
@@ -52,6 +56,7 @@ def make_loop(
         label_smoothing=recipe.label_smoothing,
         dropout=recipe.dropout,
         jit_compile=xla,
+        accumulate_steps=accumulate_steps,
     )
     return network, loop
 
@@ -183,6 +188,40 @@ def test_xla_does_not_change_the_numbers():
     recipe = dataclasses.replace(SGD, dropout=0.3, clip_norm=1.0)
     plain, compiled = (run_epochs(make_loop(recipe, xla=xla)[1]) for xla in (False, True))
     np.testing.assert_allclose(plain, compiled, rtol=1e-4)
+
+
+@pytest.mark.parametrize("xla", [False, True])
+def test_a_batch_in_parts_gives_the_same_numbers(xla):
+    recipe = dataclasses.replace(SGD, dropout=0.3, clip_norm=1.0, label_smoothing=0.1)
+    whole, parts = (run_epochs(make_loop(recipe, xla=xla, accumulate_steps=n)[1]) for n in (1, 4))
+    np.testing.assert_allclose(whole, parts, rtol=1e-5)
+
+
+class TooLargeAbove2(keras.layers.Layer):
+    """The identity, which needs 128 TiB for more than two examples."""
+
+    def call(self, x):
+        return x + tf.reduce_sum(tf.fill([2**45], x[0, 0])) if x.shape[0] and x.shape[0] > 2 else x
+
+
+def test_the_number_of_parts_is_doubled_until_they_fit_in_memory(caplog):
+    caplog.set_level("INFO", logger="absl")
+    _, loop = make_loop(layers=[TooLargeAbove2()])
+    assert loop.choose_accumulate_steps((6,), "float32") == 4
+    assert [record.getMessage()[-19:] for record in caplog.records] == ["accumulate_steps=2.", "accumulate_steps=4."]
+    np.testing.assert_allclose(run_epochs(loop), run_epochs(make_loop()[1]), rtol=1e-5)
+
+
+def test_without_parts_too_little_memory_is_the_users_error():
+    _, loop = make_loop(layers=[TooLargeAbove2()])
+    with pytest.raises(tf.errors.ResourceExhaustedError) as raised:
+        run_epochs(loop)
+    assert "There is not enough memory for" in str(cli.memory_error(raised.value))
+
+
+def test_parts_that_would_not_be_equal_are_refused():
+    with pytest.raises(UserError, match="each device computes 8 images of the batch, which cannot be divided into 3"):
+        make_loop(accumulate_steps=3)
 
 
 @pytest.mark.parametrize("reason", [StopReason.COST_LIMIT, StopReason.SIGNAL])

@@ -13,19 +13,28 @@ def find_mismatched_replica(description: str, devices: Devices) -> int | None:
 
     A collective operation: every worker must call it at the same point.
     """
-    digest = np.frombuffer(hashlib.sha256(description.encode()).digest(), np.int64)[None]
+    digests = _gather(np.frombuffer(hashlib.sha256(description.encode()).digest(), np.int64), devices)
+    mismatched = np.flatnonzero((digests != digests[0]).any(axis=1))
+    return int(mismatched[0]) if len(mismatched) else None
+
+
+def largest(value: int, devices: Devices) -> int:
+    """The largest value of all workers. A collective operation: every worker must call it at the same point."""
+    return int(_gather(np.array([value]), devices).max())
+
+
+def _gather(row: np.ndarray, devices: Devices) -> np.ndarray:
+    """The int64 rows [k] of all replicas, as [R, k]."""
 
     @tf.function
     def gather() -> tf.Tensor:
         def replica_gather() -> tf.Tensor:
-            return tf.distribute.get_replica_context().all_gather(tf.constant(digest), axis=0)
+            return tf.distribute.get_replica_context().all_gather(tf.constant(row[None]), axis=0)
 
         return devices.strategy.experimental_local_results(devices.strategy.run(replica_gather))[0]
 
     with devices.waiting("comparing the state of all workers"):
-        digests = gather().numpy() if devices.replicas > 1 else digest
-    mismatched = np.flatnonzero((digests != digests[0]).any(axis=1))
-    return int(mismatched[0]) if len(mismatched) else None
+        return gather().numpy() if devices.replicas > 1 else row[None]
 
 
 def barrier(devices: Devices) -> None:

@@ -1,6 +1,7 @@
 """Why a job ended before its end: what it logs, and its exit code."""
 
 import os
+import time
 from typing import NoReturn
 
 import tensorflow as tf
@@ -23,11 +24,15 @@ LOST_WORKER_ERRORS = (
 )
 
 
+# All workers may raise the same UserError after a collective operation, whose result the slower ones still read from here.
+COLLECTIVE_SECS = 5.0
+
+
 def exit_code(error: Exception, *, job_dir: str, cluster: Cluster) -> int:
     """Logs why the job ended and returns its exit code.
 
     Raises UserError if the user must change something, and the error itself if it is none that a job expects. Ends the
-    process if another worker is gone.
+    process if another worker is gone, and for a UserError that the others may not have.
     """
     if isinstance(error, TrainingInterrupted):
         logging.warning("Stopped; everything is saved in %s. The same command resumes the run.", job_dir)
@@ -35,15 +40,25 @@ def exit_code(error: Exception, *, job_dir: str, cluster: Cluster) -> int:
     if isinstance(error, TimeoutError):  # of a bucket
         logging.error("%s: %s. The last checkpoint in %s is complete.", error.filename, error.strerror, job_dir)
         return cli.EXIT_RETRY
-    if isinstance(error, OSError):
-        raise UserError(
-            f"{error.filename or job_dir} cannot be written or read ({error.strerror or error}): fix that and start the "
-            f"same command again; it resumes from the last complete checkpoint in {job_dir}."
-        ) from error
-    if isinstance(error, LOST_WORKER_ERRORS) and cluster.workers > 1:
+    if isinstance(error, LOST_WORKER_ERRORS) and cluster.workers > 1 and not cli.memory_error(error):
         lost = worker_watch.describe_unreachable(cluster, error.message)
         leave_other_workers(f"A worker exited or cannot be reached: {lost}", code=cli.EXIT_RETRY)
-    raise error
+    fixable = _as_user_error(error, job_dir)
+    if fixable and cluster.workers > 1:
+        cli.print_error(fixable)
+        time.sleep(COLLECTIVE_SECS)
+        exit_at_once(cli.EXIT_USER_ERROR)
+    raise fixable or error
+
+
+def _as_user_error(error: Exception, job_dir: str) -> UserError | None:
+    """What the user must change, None if that is not known."""
+    if isinstance(error, OSError):
+        return UserError(
+            f"{error.filename or job_dir} cannot be written or read ({error.strerror or error}): fix that and start the "
+            f"same command again; it resumes from the last complete checkpoint in {job_dir}."
+        )
+    return error if isinstance(error, UserError) else cli.memory_error(error)
 
 
 def leave_other_workers(reason: str, *, code: int) -> NoReturn:

@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from trainer.artifacts.metrics import classification_metrics
+from trainer.cli import memory_error
 from trainer.data.sampler import EpochPlan
 from trainer.errors import UserError
+from trainer.runtime import agreement
 from trainer.runtime.devices import Devices
 from trainer.training.checkpoint import name_variables
 
@@ -56,9 +59,13 @@ class TrainingLoop:
         label_smoothing: float = 0.0,
         dropout: float = 0.0,
         jit_compile: bool = False,
+        accumulate_steps: int = 1,
     ):
+        """Computes the batch of each replica in `accumulate_steps` parts. Raises UserError if they would not be equal."""
         self.backbone, self.head, self.optimizer = backbone, head, optimizer
         self._devices, self._batch_size, self._seed, self._dropout = devices, batch_size, seed, dropout
+        self._accumulate_steps = accumulate_steps
+        self._check_parts_are_equal()
         self._loss = keras.losses.CategoricalCrossentropy(
             from_logits=True, label_smoothing=label_smoothing, reduction=None
         )
@@ -72,8 +79,7 @@ class TrainingLoop:
             **name_variables("network", [variable for network in networks for variable in network.variables]),
             **name_variables("optimizer", state),
         }
-        gradients = tf.function(self._gradients, jit_compile=True) if jit_compile else self._gradients
-        self._replica_step = lambda batch, stop, proposal: self._step(gradients, batch, stop, proposal)
+        self._part_gradients = tf.function(self._gradients, jit_compile=True) if jit_compile else self._gradients
         self._train_steps = tf.function(self._steps, reduce_retracing=True)
         self._infer: Callable | None = None
 
@@ -103,7 +109,7 @@ class TrainingLoop:
         done, waited = tf.constant(0), tf.constant(0.0, tf.float64)
         while done < count and not is_stopped:
             batch, seconds = self._next_timed(iterator)
-            result = self._devices.strategy.run(self._replica_step, args=(batch, stop, proposal))
+            result = self._devices.strategy.run(self._step, args=(batch, stop, proposal))
             row = self._devices.strategy.experimental_local_results(result)[0]  # summed: the same on each replica
             rows = rows.write(done, row)
             is_stopped = tf.reduce_any(row[_STOP_COLUMNS] > 0)
@@ -124,11 +130,9 @@ class TrainingLoop:
         with tf.control_dependencies([part for parts in local for part in parts]):
             return batch, tf.timestamp() - started
 
-    def _step(
-        self, gradients: Callable, batch: dict[str, tf.Tensor], stop: tf.Tensor, proposal: tf.Tensor
-    ) -> tf.Tensor:
+    def _step(self, batch: dict[str, tf.Tensor], stop: tf.Tensor, proposal: tf.Tensor) -> tf.Tensor:
         scale = self.optimizer.scale_loss(tf.constant(1.0))
-        loss, correct, grads = gradients(batch, self._dropout_factors(batch), scale)
+        loss, correct, grads = self._batch_gradients(batch, scale)
         row = tf.stack([loss, correct, tf.reduce_sum(batch["weight"])])
         context = tf.distribute.get_replica_context()
         is_first = tf.equal(context.replica_id_in_sync_group, 0)  # of the chief
@@ -144,6 +148,72 @@ class TrainingLoop:
             *grads, row = context.all_reduce(tf.distribute.ReduceOp.SUM, [*grads, row])
         self.optimizer.apply(grads, self._trainable)
         return row
+
+    def _batch_gradients(self, batch: dict[str, tf.Tensor], scale: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, list]:
+        """As _gradients, computed in equal parts of the batch, one after another. Each result is the sum of the parts."""
+        factors, num_parts = self._dropout_factors(batch), self._accumulate_steps
+        if num_parts == 1:
+            return self._part_gradients(batch, factors, scale)
+        rows = {**batch, "factors": tf.broadcast_to(factors, [len(batch["label"]), self.head.input_shape[-1]])}
+        parts = {name: tf.reshape(value, [num_parts, -1, *value.shape[1:]]) for name, value in rows.items()}
+
+        def add_part(i: tf.Tensor, loss: tf.Tensor, correct: tf.Tensor, grads: list) -> tuple:
+            part = {name: value[i] for name, value in parts.items()}
+            more_loss, more_correct, more_grads = self._part_gradients(part, part.pop("factors"), scale)
+            return (
+                i + 1,
+                loss + more_loss,
+                correct + more_correct,
+                [a + b for a, b in zip(grads, more_grads, strict=True)],
+            )
+
+        zeros = [tf.zeros(variable.shape, variable.dtype) for variable in self._trainable]
+        start = tf.constant(0), tf.constant(0.0), tf.constant(0.0), zeros
+        _, loss, correct, grads = tf.while_loop(lambda i, *sums: i < num_parts, add_part, start, parallel_iterations=1)
+        return loss, correct, grads
+
+    def choose_accumulate_steps(self, example_shape: tuple[int, ...], dtype: str) -> int:
+        """Doubles the number of parts until the gradients of a batch fit in memory, on all workers; returns it.
+
+        `example_shape` and `dtype` are those of an example that the network gets. Raises UserError if one part per example
+        does not fit either. Call it before `trace`.
+        """
+        while agreement.largest(not self._fits_in_memory(example_shape, dtype), self._devices):
+            self._accumulate_steps *= 2
+            logging.info("A batch does not fit in memory: --accumulate_steps=%d.", self._accumulate_steps)
+            self._check_parts_are_equal()
+        return self._accumulate_steps
+
+    def _fits_in_memory(self, example_shape: tuple[int, ...], dtype: str) -> bool:
+        """Whether the gradients of a batch of zeros can be computed here; nothing is changed."""
+        size = self._padded_batch_size() // self._devices.replicas
+
+        batch = {name: tf.zeros([size]) for name in ("weight", "loss_weight")}
+        batch |= {"label": tf.zeros([size], tf.int32), "row": tf.zeros([size], tf.int32)}
+        batch |= {"x": tf.zeros([size, *example_shape], dtype), "step": tf.zeros([size], tf.int64)}
+
+        @tf.function  # with the batch as an argument: TensorFlow computes in advance what depends on constants alone
+        def attempt(batch: dict[str, tf.Tensor]) -> tf.Tensor:
+            sums = self._devices.strategy.run(
+                lambda: tf.add_n([tf.reduce_sum(grad) for grad in self._batch_gradients(batch, tf.constant(1.0))[2]])
+            )
+            return self._devices.strategy.experimental_local_results(sums)
+
+        try:
+            tf.nest.map_structure(lambda value: value.numpy(), attempt(batch))
+        except tf.errors.OpError as error:
+            if not memory_error(error):
+                raise
+            return False
+        return True
+
+    def _check_parts_are_equal(self) -> None:
+        size, parts = self._padded_batch_size() // self._devices.replicas, self._accumulate_steps
+        if size % parts:
+            raise UserError(
+                f"--accumulate_steps={parts}, but each device computes {size} images of the batch, which cannot be divided "
+                f"into {parts} equal parts: pass another number, or another --batch_size."
+            )
 
     def _gradients(
         self, batch: dict[str, tf.Tensor], dropout_factors: tf.Tensor, scale: tf.Tensor

@@ -54,6 +54,7 @@ class StageInputs:
     split: Split
     class_weights: np.ndarray
     batch_size: int  # global
+    accumulate_steps: str  # of the whole network: a number, or auto
     seed: int
     network_input: NetworkInput
     precision: str
@@ -188,6 +189,7 @@ def whole_network_stage(
             backbone=inputs.network.backbone,
             loss_scaling=inputs.precision == "mixed_float16",
             jit_compile=inputs.xla,
+            accumulate_steps=inputs.accumulate_steps,
         ),
         training_batches=_training_batches(inputs, sources[0], transform),
         validation_batches=_validation_batches(inputs, sources[1], transform(None)),
@@ -275,8 +277,9 @@ def _loop_factory(
     backbone: keras.Model | None,
     loss_scaling: bool,
     jit_compile: bool,
+    accumulate_steps: str = "1",
 ) -> Callable[[float], TrainingLoop]:
-    """A function from a factor of the learning rate to a new TrainingLoop."""
+    """A function from a factor of the learning rate to a new TrainingLoop. `accumulate_steps` is a number or `auto`."""
     steps_per_epoch = sampler.steps_per_epoch(len(inputs.split.training), inputs.batch_size)
 
     def make_loop(learning_rate_factor: float) -> TrainingLoop:
@@ -285,7 +288,7 @@ def _loop_factory(
             optimizer = make_optimizer(
                 scaled, epochs=epochs, steps_per_epoch=steps_per_epoch, loss_scaling=loss_scaling
             )
-        return TrainingLoop(
+        loop = TrainingLoop(
             backbone,
             inputs.network.head,
             optimizer,
@@ -295,7 +298,11 @@ def _loop_factory(
             label_smoothing=recipe.label_smoothing,
             dropout=recipe.dropout,
             jit_compile=jit_compile,
+            accumulate_steps=1 if accumulate_steps == "auto" else int(accumulate_steps),
         )
+        if backbone and accumulate_steps == "auto":
+            loop.choose_accumulate_steps(backbone.input_shape[1:], backbone.compute_dtype)
+        return loop
 
     return make_loop
 
