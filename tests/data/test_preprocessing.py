@@ -136,3 +136,20 @@ def test_median_draws_keep_the_colors_and_extreme_ones_change_them():
         low[:, draw], high[:, draw] = 0, 0.999
         results = [measure(augment(images, tf.constant(draws)).numpy()) for draws in (low, whole, high)]
         assert results[0] < results[1] < results[2]
+
+
+@pytest.mark.parametrize("strength", ["basic", "strong"])
+def test_the_augmentation_of_an_image_does_not_depend_on_its_batch(strength):
+    images = np.random.default_rng(0).integers(0, 256, (56, 8, 8, 3), np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    draws = augmentation_draws(Augmentation(seed=7, epoch=0, strength=strength, flips=True), len(images))
+
+    def augment_in_batches(size: int) -> np.ndarray:
+        augmented = [
+            augment(tf.constant(images[i : i + size]), tf.constant(draws[i : i + size]), strength=strength)
+            for i in range(0, len(images), size)
+        ]
+        return np.concatenate(augmented)
+
+    whole = augment_in_batches(28)
+    for size in (14, 7):
+        np.testing.assert_array_equal(whole, augment_in_batches(size))

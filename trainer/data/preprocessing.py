@@ -182,16 +182,19 @@ def augment(images: tf.Tensor, draws: tf.Tensor, *, strength: str = "basic", fli
     """
     is_strong = strength == "strong"
     min_crop_area = STRONG_MIN_CROP_AREA if is_strong else MIN_CROP_AREA
-    area = min_crop_area + (1 - min_crop_area) * draws[:, 0]
-    aspect_ratio = tf.exp(tf.math.log(4 / 3) * (2 * draws[:, 1] - 1))  # width to height, 3:4 to 4:3
+    # In float64, because float32 functions round in the last bit by the position in a vector, and so by the batch: a crop
+    # then moved by up to 1e-7 of the image, and one worker and two trained on different pixels.
+    crop_draws = tf.cast(draws[:, :4], tf.float64)
+    area = min_crop_area + (1 - min_crop_area) * crop_draws[:, 0]
+    aspect_ratio = tf.exp(np.log(4 / 3) * (2 * crop_draws[:, 1] - 1))  # width to height, 3:4 to 4:3
     height = tf.minimum(tf.sqrt(area / aspect_ratio), 1.0)
     width = tf.minimum(tf.sqrt(area * aspect_ratio), 1.0)
-    top, left = draws[:, 2] * (1 - height), draws[:, 3] * (1 - width)
+    top, left = crop_draws[:, 2] * (1 - height), crop_draws[:, 3] * (1 - width)
     is_flipped = (draws[:, 4] < 0.5) & flips
     left, right = tf.where(is_flipped, left + width, left), tf.where(is_flipped, left, left + width)
     boxes = tf.stack([top, left, top + height, right], axis=1)  # [B, 4]; right < left flips
     shape = tf.shape(images)
-    cropped = tf.image.crop_and_resize(images, boxes, tf.range(shape[0]), shape[1:3])
+    cropped = tf.image.crop_and_resize(images, tf.cast(boxes, tf.float32), tf.range(shape[0]), shape[1:3])
     if not is_strong:
         return tf.ensure_shape(_adjust_colors(cropped, draws[:, 5:8]), images.shape)
     colored = _adjust_colors(_rotate(cropped, draws[:, 8]), draws[:, 5:8], STRONG_COLOR_FACTOR)
@@ -200,8 +203,9 @@ def augment(images: tf.Tensor, draws: tf.Tensor, *, strength: str = "basic", fli
 
 def _rotate(images: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
     """Rotates each image around its center by up to MAX_ANGLE; the corners mirror the image."""
-    angle = MAX_ANGLE * (2 * draws - 1)
-    cosine, sine, zero = tf.cos(angle), tf.sin(angle), tf.zeros_like(angle)
+    angle = MAX_ANGLE * (2 * tf.cast(draws, tf.float64) - 1)  # float64, as the crops in augment
+    cosine, sine = (tf.cast(function(angle), tf.float32) for function in (tf.cos, tf.sin))
+    zero = tf.zeros_like(cosine)
     center = (tf.cast(tf.shape(images)[1], tf.float32) - 1) / 2
     x_offset, y_offset = center * (1 - cosine + sine), center * (1 - sine - cosine)
     # Rows of the projective transform from output to input pixels: x' = cos x - sin y + x_offset, and so on.
