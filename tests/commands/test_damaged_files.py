@@ -40,7 +40,7 @@ CONFIGS = [
 
 
 def read_as_task(job_dir: pathlib.Path) -> None:
-    task._with_earlier_flags(Config(job_dir=str(job_dir)), "fingerprint")
+    task._with_earlier_flags(Config(job_dir=str(job_dir)), "fingerprint", None, ())
 
 
 def read_as_report(job_dir: pathlib.Path) -> None:

@@ -1,6 +1,8 @@
-"""Runs a job of tiny_job.py that is killed at each of its writes, one after another. Not a test itself.
+"""Runs a command that is killed at each of its writes, one after another. Not a test itself.
 
-    python killed_job.py LOG EVERY --data_dir=D --job_dir=J [any flag of trainer.task]
+    python killed_job.py LOG EVERY task|pack|predict [arguments of the command]
+
+`task` is that of tiny_job.py.
 
 Each start is killed by SIGKILL before the first write at which no earlier start was killed, when the contents are in a
 temporary file and not yet in place; the next start resumes. With EVERY above 1, at every so manyth write. The starts are
@@ -15,9 +17,14 @@ import signal
 import sys
 
 from tests.support import tiny_job
-from trainer import cli, task
+from trainer import cli, pack, predict, task
 from trainer.storage import files, lock
 
+COMMANDS = {
+    "task": (tiny_job.main, task.define_flags),
+    "pack": (pack.main, pack.define_flags),
+    "predict": (predict.main, predict.define_flags),
+}
 # Written at each start. The other files belong to an epoch: a write of each epoch is another write.
 SAME_IN_EACH_EPOCH = ("config.json", "split.csv", "labels.txt", "bad_files.csv")
 
@@ -33,7 +40,7 @@ class Killer:
     def before(self, operation: str, path: str) -> None:
         """To be called before a file at `path` is replaced or deleted."""
         name = re.sub(r"^\.\d+-\d+-", "", os.path.basename(path.rstrip("/")))
-        if name == lock.LOCK_NAME or name.startswith(".probe") or "tfevents" in name:
+        if name == lock.LOCK_NAME or "probe" in name or "tfevents" in name:
             return
         epoch = "" if name in SAME_IN_EACH_EPOCH else self._newest_checkpoint
         self._counts[operation, name, epoch] += 1
@@ -63,7 +70,7 @@ def hook_writes(before) -> None:
     gcs.write, gcs.remove = hooked(gcs.write, "write", 0), hooked(gcs.remove, "remove", 0)
 
 
-def start(log: str, seen: list[tuple], every: int) -> int:
+def start(command: str, log: str, seen: list[tuple], every: int) -> int:
     """One start in a process of its own; adds its new writes to `seen` and returns its wait status."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -76,7 +83,8 @@ def start(log: str, seen: list[tuple], every: int) -> int:
         try:
             lock.LEASE_SECONDS = 1.0
             hook_writes(Killer(list(seen), every, writer).before)
-            cli.run(tiny_job.main, define_flags=task.define_flags)
+            main, define_flags = COMMANDS[command]
+            cli.run(main, define_flags=define_flags)
         except SystemExit as exit_request:
             code = exit_request.code
         finally:
@@ -89,16 +97,16 @@ def start(log: str, seen: list[tuple], every: int) -> int:
 
 
 def main() -> None:
-    """Starts the job until it is finished."""
-    log, every = sys.argv[1], int(sys.argv[2])
-    del sys.argv[1:3]
+    """Starts the command until it is finished."""
+    log, every, command = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    del sys.argv[1:4]
     cli.import_tensorflow()
     import keras  # noqa: F401
 
     from trainer import job  # noqa: F401
 
     seen: list[tuple] = []
-    while os.WIFSIGNALED(status := start(log, seen, every)) and os.WTERMSIG(status) == signal.SIGKILL:
+    while os.WIFSIGNALED(status := start(command, log, seen, every)) and os.WTERMSIG(status) == signal.SIGKILL:
         assert len(seen) < 500, pathlib.Path(log).read_text()[-3000:]
     print(*seen, sep="\n")
     print(f"exit code {os.waitstatus_to_exitcode(status)}")
