@@ -216,9 +216,15 @@ def _is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> 
         logging.info(message, settings.job_dir, values["cost"])
     else:
         logging.info("The run in %s is finished: val_accuracy %.4f.", settings.job_dir, values["val_accuracy"])
-        if is_chief:
-            values = exporter.export_missing(finished, values)
-            live.write_missing(settings.job_dir)
+        last_files = [finished.paths.model_card, *finished.converted_paths]
+        if is_chief and not all(
+            files.exists(path) for path in last_files
+        ):  # killed before it wrote them, or other formats
+            files.make_directory(finished.paths.checkpoints)
+            with lock.hold(finished.paths.checkpoints):
+                finished.paths.remove_partial_files()
+                values = exporter.export_missing(finished, values)
+                live.write_missing(settings.job_dir)
     _print_result(finished, values)
     return True
 

@@ -186,7 +186,7 @@ class JobDir:
 
     def remove_partial_files(self) -> None:
         """Deletes the partial files of killed processes. Only the process that holds the lock may call it."""
-        for directory in (self.root, self.checkpoints, self.report):
+        for directory in (self.root, self.checkpoints, self.report, self.exports):
             files.remove_partial_files(directory)
 
     def read_config(self, flag_names: Iterable[str] = ()) -> dict[str, Any] | None:
