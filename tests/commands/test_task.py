@@ -74,11 +74,11 @@ def test_a_run_without_a_checkpoint_restarts_with_other_flags(tmp_path):
     paths.write_config({"flags": flags, "defaults": config.DEFAULTS, "fingerprint": "of other images"})
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "features-0123456789abcdef-000000000.npz").touch()
-    task._with_earlier_flags(settings, "of these images")
+    task._with_earlier_flags(settings, "of these images", None, ())
     for name in ("checkpoints/000001.npz", "checkpoints/000001.npz.damaged", "best.weights.h5", "metrics.json"):
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=r"weights: imagenet -> w\.h5"):
-            task._with_earlier_flags(settings, "of these images")
+            task._with_earlier_flags(settings, "of these images", None, ())
         (tmp_path / name).unlink()
 
 

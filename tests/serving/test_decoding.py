@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from tests.serving.conftest import DECODE_TIMEOUT_SECS
-from tests.support import slow_images
+from tests.support import corpus, slow_images
 from tests.support.tiny_model import NETWORK_INPUT, make_image
 from trainer.data.preprocessing import decode_image
 
@@ -25,7 +25,7 @@ def test_a_decoded_image_is_the_one_that_training_sees(decoders):
 @pytest.mark.slow
 def test_a_bad_image_gets_the_reason_and_its_process_continues(decoders):
     num_killed = len(decoders.killed)
-    damaged = make_image(0, kind="PNG").replace(b"IDAT", b"IDAT\0", 1)
+    damaged = corpus.png_claiming(96, 64)  # has too few pixels
     reasons = [asyncio.run(decoders.decode(contents)).reason for contents in (b"", b"text", damaged)]
     assert reasons[:2] == ["empty file", "not a JPEG, PNG, GIF, BMP or WebP image"]
     assert reasons[2].startswith("cannot be decoded: Invalid PNG data")
@@ -38,7 +38,7 @@ def test_a_slow_image_is_given_up_while_others_are_decoded(decoders):
 
     async def decode_all() -> tuple[float, str]:
         """The longest time of a good image while the slow one is decoded, and the reason against that."""
-        slow = asyncio.create_task(decoders.decode(slow_images.large_png()))
+        slow = asyncio.create_task(decoders.decode(slow_images.large_png(side=10000)))
         longest = 0.0
         while not slow.done():
             started = time.monotonic()
