@@ -32,6 +32,7 @@ DOCS = pathlib.Path(__file__).parent
 MEASURED = DOCS / "recipe"
 SIZES = ("20", "50", "200", "all")  # images per class
 SEEDS = 3
+NUM_DRAWS = 200
 TEST_FRACTION = VALIDATION_FRACTION = 0.2
 TITLES = {
     "cats_and_dogs": "cats and dogs",
@@ -143,27 +144,32 @@ def baseline_probabilities(values: np.ndarray, labels: np.ndarray, part: tuple) 
 
 
 def score(results: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Accuracy and expected calibration error over the test parts of all seeds."""
+    """Accuracy and expected calibration error (ECE) over the test parts of all seeds.
+
+    `chance_error` is the mean ECE of a classifier with the same confidences, all of them true: with few images it is not 0.
+    """
     probabilities, labels = (np.concatenate(arrays) for arrays in zip(*results, strict=True))
     predicted, confidence = top_class(probabilities)
     is_correct = predicted == labels
+    draws = np.random.default_rng(0).random((NUM_DRAWS, len(labels))) < confidence
     return {
         "accuracy": float(is_correct.mean()),
         "calibration_error": expected_calibration_error(confidence, is_correct),
+        "chance_error": float(np.mean([expected_calibration_error(confidence, draw) for draw in draws])),
     }
 
 
 def heads_table() -> str:
     """docs/recipe/heads.json as a Markdown table."""
     lines = [
-        "| images | per class | training images | head of a job | ECE | logistic regression | ECE | CPU seconds |",
+        "| images | per class | training images | head of a job | ECE (by chance) | logistic regression | ECE | CPU seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in json.loads((MEASURED / "heads.json").read_text()):
         head, baseline = row["head"], row["logistic_regression"]
         lines.append(
             f"| {TITLES[row['images']]} | {row['size']} | {row['training']} | {head['accuracy']:.3f} "
-            f"| {100 * head['calibration_error']:.1f} | {baseline['accuracy']:.3f} "
+            f"| {100 * head['calibration_error']:.1f} ({100 * head['chance_error']:.1f}) | {baseline['accuracy']:.3f} "
             f"| {100 * baseline['calibration_error']:.1f} | {row['head_cpu_seconds']:.1f} |"
         )
     return "\n".join(lines)

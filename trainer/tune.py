@@ -190,7 +190,6 @@ class Tuner:
         self._distributions = {name: _distribution(name) for name in names}
         self._study = optuna.create_study(
             storage=_open_journal(study_dir.journal),
-            sampler=optuna.samplers.TPESampler(seed=fixed.get("seed", 0), n_startup_trials=STARTUP_TRIALS),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=EPOCHS_BEFORE_PRUNING),
             study_name="trainer",
             direction="maximize",
@@ -217,9 +216,12 @@ class Tuner:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self._requeue_interrupted()
+        if self._ended():  # the last start may have been killed before it wrote them
+            self._write_results()
         failures = 0
         with tqdm(total=num_trials, initial=len(self._ended()), unit="trial", disable=not sys.stderr.isatty()) as bar:
             while len(self._ended()) < num_trials and not self._is_stopped:
+                self._study.sampler = self._make_sampler()
                 trial = self._study.ask(self._distributions)
                 outcome = self._run_trial(trial)
                 if self._is_stopped:
@@ -237,6 +239,15 @@ class Tuner:
             return cli.EXIT_STOPPED
         self._print_best()
         return 0
+
+    def _make_sampler(self) -> Any:
+        """A sampler for the next trial.
+
+        Its seed counts the trials: a study that is started again would otherwise draw its first values again.
+        """
+        optuna = _import_optuna()
+        seed = self._fixed.get("seed", 0) + len(self._study.get_trials(deepcopy=False))
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._is_stopped = True

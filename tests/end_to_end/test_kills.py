@@ -15,6 +15,7 @@ from tests.support.images import write_images
 from tests.support.resumable_job import FITTED_HEAD, assert_same, read_result
 from trainer.artifacts.job_dir import JobDir
 from trainer.storage import files
+from trainer.tune import StudyDir
 
 pytestmark = pytest.mark.slow
 
@@ -109,3 +110,36 @@ def test_predictions_that_are_killed_at_each_write_are_the_same(images, undistur
         arguments = [f"--model_dir={model_dir}", f"--output={tmp_path / folder / name}", images]
         run_killed("predict", *arguments, every=every, log=tmp_path / f"{folder}.log")
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_a_report_that_is_killed_at_each_write_is_the_same(undisturbed, tmp_path):
+    for name, every in (("undisturbed", NEVER), ("killed", 1)):
+        arguments = [f"--job_dir={undisturbed}", f"--report_dir={tmp_path / name}"]
+        run_killed("report", *arguments, every=every, log=tmp_path / f"{name}.log")
+    expected, actual = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+                        for name in ("undisturbed", "killed"))  # fmt: skip
+    assert actual == expected
+
+
+def test_an_evaluation_that_is_killed_at_each_write_is_the_same(images, undisturbed, tmp_path):
+    for name, every in (("undisturbed", NEVER), ("killed", 1)):
+        flags = [f"--model_dir={JobDir(str(undisturbed)).saved_model}", f"--data_dir={images}"]
+        run_killed("evaluate", *flags, f"--report_dir={tmp_path / name}", every=every, log=tmp_path / f"{name}.log")
+    expected, actual = (other_files(tmp_path / name) for name in ("undisturbed", "killed"))
+    assert actual == expected
+    for name in ("predictions.csv", "metrics.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_a_study_that_is_killed_at_each_write_has_the_same_trials(images, tmp_path):
+    weights = tmp_path / "given.h5"
+    weights.write_bytes(b"")
+    flags = [f"--data_dir={images}", f"--weights={weights}", "--image_size=32", "--head_epochs=2", "--batch_size=8",
+             "--precision=float32", "--preprocessing=rescale", "--trials=2", "--tune=dropout"]  # fmt: skip
+    for name, every in (("undisturbed", NEVER), ("killed", 1)):
+        run_killed("tune", *flags, f"--job_dir={tmp_path / name}", every=every, log=tmp_path / f"{name}.log")
+    expected, actual = (StudyDir(str(tmp_path / name)) for name in ("undisturbed", "killed"))
+    assert pathlib.Path(actual.best_flags).read_bytes() == pathlib.Path(expected.best_flags).read_bytes()
+    rows = [pathlib.Path(study.results).read_text().replace(study.root, "") for study in (expected, actual)]
+    assert rows[0] == rows[1]
+    assert len(rows[0].splitlines()) == 3

@@ -2,6 +2,9 @@
 
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -71,6 +74,26 @@ def test_only_temporary_files_of_killed_writers_are_removed(tmp_path):
     (partial_directory / "saved_model.pb").write_text("partial")
     files.remove_partial_files(str(tmp_path))
     assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_the_next_writer_removes_what_a_killed_one_left_of_the_same_file(tmp_path):
+    code = """
+import os, signal, sys
+from trainer.storage import files
+for name in ("a.txt", "b.txt"):
+    with files.atomic_path(os.path.join(sys.argv[1], name)) as path:
+        open(path, "w").close()
+        if name == "b.txt":
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    files.atomic_write(str(tmp_path / "a.txt"), "")
+    assert len(list(tmp_path.iterdir())) == 2  # of another file, that is left alone
+    of_running = f".{os.getppid()}-{files._host_number()}-1-b.txt"
+    (tmp_path / of_running).touch()
+    files.atomic_write(str(tmp_path / "b.txt"), "")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt", of_running}
 
 
 def test_objects_are_read_listed_renamed_and_removed(bucket_url):

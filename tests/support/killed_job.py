@@ -1,8 +1,8 @@
 """Runs a command that is killed at each of its writes, one after another. Not a test itself.
 
-    python killed_job.py LOG EVERY task|pack|predict [arguments of the command]
+    python killed_job.py LOG EVERY task|pack|predict|evaluate|report|tune [arguments of the command]
 
-`task` is that of tiny_job.py.
+`task` is that of tiny_job.py, which the trials of `tune` run too.
 
 Each start is killed by SIGKILL before the first write at which no earlier start was killed, when the contents are in a
 temporary file and not yet in place; the next start resumes. With EVERY above 1, at every so manyth write. The starts are
@@ -17,13 +17,16 @@ import signal
 import sys
 
 from tests.support import tiny_job
-from trainer import cli, pack, predict, task
+from trainer import cli, evaluate, pack, predict, report, task, tune
 from trainer.storage import files, lock
 
 COMMANDS = {
     "task": (tiny_job.main, task.define_flags),
     "pack": (pack.main, pack.define_flags),
     "predict": (predict.main, predict.define_flags),
+    "evaluate": (evaluate.main, evaluate.define_flags),
+    "report": (report.main, report.define_flags),
+    "tune": (tune.main, tune.define_flags),
 }
 # Written at each start. The other files belong to an epoch: a write of each epoch is another write.
 SAME_IN_EACH_EPOCH = ("config.json", "split.csv", "labels.txt", "bad_files.csv")
@@ -39,7 +42,7 @@ class Killer:
 
     def before(self, operation: str, path: str) -> None:
         """To be called before a file at `path` is replaced or deleted."""
-        name = re.sub(r"^\.\d+-\d+-", "", os.path.basename(path.rstrip("/")))
+        name = re.sub(r"^\.(\d+-)+", "", os.path.basename(path.rstrip("/")))
         if name == lock.LOCK_NAME or "probe" in name or "tfevents" in name:
             return
         epoch = "" if name in SAME_IN_EACH_EPOCH else self._newest_checkpoint
@@ -100,6 +103,7 @@ def main() -> None:
     """Starts the command until it is finished."""
     log, every, command = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     del sys.argv[1:4]
+    tune.TRIAL_COMMAND = (sys.executable, tiny_job.__file__)
     cli.import_tensorflow()
     import keras  # noqa: F401
 

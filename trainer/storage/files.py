@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -173,6 +174,7 @@ def atomic_path(path: str) -> Iterator[str]:
             with open(temporary, "rb") as file:
                 _gcs().write(path, file.read())
         return
+    _remove_abandoned(path)
     temporary = _temporary_name(path)
     with contextlib.suppress(FileNotFoundError):  # of a killed process with the same id, or a link
         os.remove(temporary)
@@ -209,6 +211,7 @@ def atomic_directory(directory: str) -> Iterator[str]:
             yield temporary
             _gcs().upload_tree(temporary, directory)
         return
+    _remove_abandoned(directory)
     temporary = _temporary_name(directory)
     try:
         yield temporary
@@ -237,9 +240,44 @@ def upload_changed_files(directory: str, path: str, sizes: dict[str, int]) -> No
 
 
 def _temporary_name(path: str) -> str:
-    """A hidden name in the same folder, with the same file extension, unique to this thread of this process."""
+    """A hidden name in the same folder, with the same file extension, unique to this thread of this process and host."""
     directory, name = os.path.split(path)
-    return os.path.join(directory, f".{os.getpid()}-{threading.get_ident()}-{name}")
+    return os.path.join(directory, f".{os.getpid()}-{_host_number()}-{threading.get_ident()}-{name}")
+
+
+def _host_number() -> int:
+    return zlib.crc32(socket.gethostname().encode())
+
+
+def _remove_abandoned(path: str) -> None:
+    """Deletes the temporary files that killed processes of this host left of `path`."""
+    directory, name = os.path.split(path.rstrip("/"))
+    if not os.path.isdir(directory or "."):
+        return
+    pattern = re.compile(rf"\.(\d+)-{_host_number()}-\d+-{re.escape(name)}")
+    for other in os.listdir(directory or "."):
+        match = pattern.fullmatch(other)
+        if match and not _is_running(int(match[1])):
+            with contextlib.suppress(FileNotFoundError):  # another writer deletes it too
+                _remove_tree(os.path.join(directory, other))
+
+
+def _is_running(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
+def _remove_tree(path: str) -> None:
+    """Deletes a file, or a folder with its contents."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    else:
+        os.remove(path)
 
 
 def remove_partial_files(directory: str) -> None:
@@ -251,11 +289,7 @@ def remove_partial_files(directory: str) -> None:
         return
     for name in list_names(directory):
         if re.match(r"\.\d+-\d+-", name):
-            path = os.path.join(directory, name)
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            else:
-                os.remove(path)
+            _remove_tree(os.path.join(directory, name))
 
 
 def exists(path: str) -> bool:
