@@ -14,6 +14,7 @@ import tensorflow as tf
 from tests.support.paths import ROOT
 from tests.support.processes import run_command
 from trainer.artifacts.job_dir import JobDir
+from trainer.benchmarks.suite import one_device
 from trainer.errors import UserError
 from trainer.models import networks
 from trainer.serving import classifier
@@ -58,7 +59,9 @@ def test_a_feature_cache_with_code_is_recomputed_and_not_run(tmp_path):
     trace = tmp_path / "trace"
     (tmp_path / "features-key-000000000.npz").write_bytes(npz_with_exploit(trace, "values", "is_readable"))
     computed = ModelOutputs(np.ones([1, 2], np.float32), np.array([True]))
-    loaded = feature_cache.load_or_compute(str(tmp_path), "key", 1, lambda start, stop: computed, is_chief=False)
+    loaded = feature_cache.load_or_compute(
+        str(tmp_path), "key", 1, lambda start, stop, on_batch: computed, is_chief=False, devices=one_device()
+    )
     np.testing.assert_array_equal(loaded.values, computed.values)
     assert not trace.exists()
 
