@@ -1,22 +1,16 @@
-"""Measures the head on cached features, and shows the measurements of recipes that are in docs/recipe/.
+"""Compares heads on cached features with logistic regression, on images that were cut off before.
 
     python -m trainer.task --data_dir=cats_and_dogs --weights=W --job_dir=J --cache_dir=features
-    python docs/recipe.py heads cats_and_dogs features/features-*.npz
+    python docs/recipe.py cats_and_dogs features/features-*.npz
         fits heads, and keeps their accuracy in docs/recipe/heads.json
-    python -m trainer.benchmark --suite=accuracy --output_dir=docs/recipe --recipe_dirs=A,B --weights=W
-        trains whole recipes, and keeps their accuracy in docs/recipe/benchmark.json
-    python docs/recipe.py picture
-        draws docs/images/recipe.png from what the benchmark kept
 
-`python docs/generate.py` then writes the tables of docs/recipe.md.
+`python docs/generate.py` then writes the table of docs/recipe.md.
 Shapes: N images, F features, C classes.
 """
 
 import argparse
-import csv
 import json
 import pathlib
-import statistics
 import time
 from typing import Any
 
@@ -24,7 +18,6 @@ import numpy as np
 import threadpoolctl
 
 from trainer.artifacts.metrics import expected_calibration_error, top_class
-from trainer.benchmarks.suite import RECIPES
 from trainer.data.dataset import read_folder
 from trainer.training import head_solver
 
@@ -42,29 +35,14 @@ TITLES = {
     "textures": "textures",
     "groceries": "groceries",
 }
-# The labels of trainer.benchmarks.recipes, in the order of its RECIPES.
-COLUMNS = {
-    "trainer --recipe=head": "default",
-    "trainer --recipe=finetune": "`--recipe=finetune`",
-    "logistic regression on the same features": "logistic regression",
-    "Keras' transfer-learning guide": "Keras guide",
-    "article recipe in Keras": "article",
-}
-assert len(COLUMNS) == len(RECIPES)
 
 
 def main() -> None:
-    """Runs one of the two sub-commands."""
+    """Measures the heads of one folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    heads = commands.add_parser("heads")
-    heads.add_argument("data_dir", type=pathlib.Path)
-    heads.add_argument("features", nargs="+", type=pathlib.Path, help="all parts of the cached features of the folder")
-    commands.add_parser("picture")
+    parser.add_argument("data_dir", type=pathlib.Path)
+    parser.add_argument("features", nargs="+", type=pathlib.Path, help="all parts of the cached features of the folder")
     arguments = parser.parse_args()
-    if arguments.command == "picture":
-        draw_curves(DOCS / "images" / "recipe.png")
-        return
     path = MEASURED / "heads.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     name = arguments.data_dir.name
@@ -173,56 +151,6 @@ def heads_table() -> str:
             f"| {100 * baseline['calibration_error']:.1f} | {row['head_cpu_seconds']:.1f} |"
         )
     return "\n".join(lines)
-
-
-def recipes_table() -> str:
-    """docs/recipe/benchmark.json as a Markdown table: mean test accuracy, lowest and highest of the seeds, and minutes."""
-    lines = [f"| images | {' | '.join(COLUMNS.values())} |", f"|{' --- |' * (1 + len(COLUMNS))}"]
-    for suite in _suites():
-        cells = [_cell(suite["figures"].get(label)) for label in COLUMNS]
-        lines.append(f"| {_title(suite)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _suites() -> list[dict[str, Any]]:
-    return json.loads((MEASURED / "benchmark.json").read_text())["suites"]
-
-
-def _title(suite: dict[str, Any]) -> str:
-    name, size, _ = suite["title"].split(", ")
-    return f"{TITLES[name]}, {size.removesuffix(' images per class')} per class"
-
-
-def _cell(metrics: dict[str, list[float]] | None) -> str:
-    if not metrics:
-        return "not measured"
-    values, minutes = metrics["test_accuracy"], statistics.mean(metrics["seconds"]) / 60
-    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else " (1 seed)"
-    return f"{statistics.mean(values):.3f}{spread}, {minutes:.1f} min"
-
-
-def draw_curves(path: pathlib.Path) -> None:
-    """A panel per image set: validation accuracy after each epoch of fine-tuning, one line per seed; epoch 0 is the head."""
-    from matplotlib.figure import Figure
-
-    suites = [suite for suite in _suites() if "trainer --recipe=finetune" in suite["figures"]]
-    columns = min(3, len(suites))
-    rows = -(-len(suites) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, suite in zip(panels, suites, strict=False):
-        for history in sorted((MEASURED / "histories" / suite["title"]).glob("finetune-*.csv")):
-            with open(history, newline="") as file:
-                accuracy = [float(row["val_accuracy"]) for row in csv.DictReader(file)]
-            axes.plot(range(len(accuracy)), accuracy, color="#1a5fb4", alpha=0.6)
-        axes.set_title(_title(suite), loc="left", fontsize=9, fontweight="bold")
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[len(suites) :]:
-        axes.set_visible(False)
-    figure.supxlabel("epoch of fine-tuning (0: the head)", fontsize=9)
-    figure.supylabel("validation accuracy", fontsize=9)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
