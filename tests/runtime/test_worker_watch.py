@@ -76,8 +76,8 @@ def test_workers_meet_in_any_order_and_after_restarts():
         early.kill()
         early.wait()
         early = start(views[1], timeout_secs=60)
-    with socket.create_connection(("localhost", int(addresses[0].rpartition(":")[2]))) as stranger:
-        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    with socket.create_connection(("localhost", int(addresses[0].rpartition(":")[2]))) as other_client:
+        other_client.sendall(b"GET / HTTP/1.1\r\n\r\n")
         workers = [chief, early, start(views[2], timeout_secs=60)]
         for worker in workers:
             output, _ = worker.communicate(timeout=60)

@@ -66,7 +66,7 @@ def body_format(content_type: str, content_encoding: str) -> BodyFormat:
     header = email.message.Message()
     header["content-type"] = content_type
     name = header.get_content_type() if content_type else "application/json"
-    # curl sends application/x-www-form-urlencoded, whatever the data, if it is not told otherwise: the commands in the
+    # curl sends application/x-www-form-urlencoded, whatever the data, unless a header says otherwise: the commands in the
     # documentation of TensorFlow Serving and of this project. text/plain, on the other hand, is what a web page can send
     # to any server without asking it first (https://fetch.spec.whatwg.org/#cors-safelisted-request-header).
     if name in ("application/json", "application/x-www-form-urlencoded"):

@@ -33,8 +33,7 @@ def check_local_directory(directory: str, *, flag: str) -> None:
     try:
         files.make_directory(directory)
         # A name of its own: several jobs may start at the same time. This one is that of a partial file.
-        with tempfile.TemporaryDirectory(prefix=f".{os.getpid()}-0-", dir=directory, ignore_cleanup_errors=True):
-            pass
+        tempfile.TemporaryDirectory(prefix=f".{os.getpid()}-0-", dir=directory, ignore_cleanup_errors=True).cleanup()
     except OSError as error:
         raise UserError(
             f"--{flag}={directory} cannot be written ({error.strerror}): grant write access, or pass another folder."
