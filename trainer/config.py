@@ -419,16 +419,6 @@ MAY_DIFFER_BETWEEN_WORKERS = frozenset(name for name, info in FLAG_INFO.items() 
 HYPERPARAMETERS = (*(name for name in DEFAULTS if name not in MAY_CHANGE_ON_RESUME), "head_epochs", "epochs")
 
 
-def is_valid_type(name: str, value: Any) -> bool:
-    """Whether a value from a config.json has the type of the flag `name`; any has that of a flag which does not exist."""
-    default = DEFAULTS.get(name, value)
-    if name == "augment":  # a bool in earlier versions
-        return isinstance(value, str | bool)
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    return isinstance(value, (float, int) if isinstance(default, float) else type(default))
-
-
 class _AugmentFlag(flags.EnumFlag):
     """--augment=none|basic|strong, also as --augment and --noaugment, the switch that it was in earlier versions."""
 

@@ -49,3 +49,13 @@ def changes(before: dict, now: dict) -> list[str]:
         for name in now
         if name not in config.MAY_CHANGE_ON_RESUME and recorded(before, name) != now[name]
     ]
+
+
+def is_valid_type(name: str, value: Any) -> bool:
+    """Whether a value from a config.json has the type of the flag `name`; any has that of a flag which does not exist."""
+    default = config.DEFAULTS.get(name, value)
+    if name == "augment":  # a bool in earlier versions
+        return isinstance(value, str | bool)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    return isinstance(value, (float, int) if isinstance(default, float) else type(default))

@@ -40,7 +40,7 @@ from trainer.serving.exporter import FinishedRun
 from trainer.storage import files, lock
 from trainer.training import failures, job_stages
 from trainer.training.cost import Cost
-from trainer.training.loop import StopReason, TrainingInterrupted
+from trainer.training.interruption import StopReason, TrainingInterrupted
 from trainer.training.progress import ProgressReporter
 from trainer.training.stages import StageInputs
 from trainer.training.trainer import HEAD, WHOLE_NETWORK, Callbacks, Trainer, TrainerOptions

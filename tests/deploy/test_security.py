@@ -19,7 +19,7 @@ from trainer.errors import UserError
 from trainer.models import networks
 from trainer.serving import classifier
 from trainer.training import checkpoint, feature_cache
-from trainer.training.loop import ModelOutputs
+from trainer.training.inference import ModelOutputs
 
 
 class Exploit:

@@ -12,7 +12,8 @@ from trainer import cli
 from trainer.data import sampler
 from trainer.data.dataset import Examples, read_folder
 from trainer.runtime import cluster
-from trainer.training.loop import TrainingLoop, evaluate_logits
+from trainer.training.inference import evaluate_logits
+from trainer.training.loop import TrainingLoop
 from trainer.training.optimizer import Recipe, make_optimizer
 
 SEED = 7

@@ -6,7 +6,8 @@ import tensorflow as tf
 
 from trainer.runtime.devices import Devices
 from trainer.training import feature_cache
-from trainer.training.loop import ModelOutputs, StopReason, TrainingInterrupted
+from trainer.training.inference import ModelOutputs
+from trainer.training.interruption import StopReason, TrainingInterrupted
 
 ONE_CPU = Devices(tf.distribute.get_strategy(), "CPU", ("CPU:0",), 1, 1, 0)
 NUM_EXAMPLES = 10

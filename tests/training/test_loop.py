@@ -14,17 +14,9 @@ from trainer.errors import UserError
 from trainer.models import networks
 from trainer.models.networks import Network
 from trainer.runtime.devices import Devices
-from trainer.training.loop import (
-    EpochTotals,
-    ModelOutputs,
-    NonFiniteLossError,
-    ProfileRange,
-    StopReason,
-    TrainingInterrupted,
-    TrainingLoop,
-    evaluate_logits,
-    train_epoch,
-)
+from trainer.training.inference import ModelOutputs, evaluate_logits
+from trainer.training.interruption import StopReason, TrainingInterrupted
+from trainer.training.loop import EpochTotals, NonFiniteLossError, ProfileRange, TrainingLoop, train_epoch
 from trainer.training.optimizer import Recipe, make_optimizer
 
 ONE_CPU = Devices(

@@ -11,7 +11,7 @@ from tests.support.images import write_images
 from tests.support.paths import TINY_JOB
 from trainer.artifacts.job_dir import JobDir
 from trainer.models.networks import Network
-from trainer.training.loop import StopReason
+from trainer.training.interruption import StopReason
 from trainer.training.trainer import HEAD, WHOLE_NETWORK, Callbacks, Stage, Trainer, TrainerOptions
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer import config
+from trainer import earlier_runs
 from trainer.artifacts.metrics import top_class
 from trainer.data import splits
 from trainer.data.dataset import Examples, Split
@@ -204,7 +204,7 @@ class JobDir:
             if name not in value["flags"]:
                 raise UserError(f"{self.config} lacks the flag {name!r}, which every run has: restore the file.")
         for name, flag in value["flags"].items():
-            if not config.is_valid_type(name, flag):
+            if not earlier_runs.is_valid_type(name, flag):
                 raise UserError(f"{self.config} has {flag!r} for the flag {name!r}: restore the file.")
         return value
 

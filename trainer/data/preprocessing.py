@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.data import decoders
+from trainer.data import decoders, file_bytes
 
 # Of ImageNet's training images, as in keras.applications.imagenet_utils: the means of blue, green and red in 0 to 255
 # ("caffe"); the means and standard deviations of red, green and blue in 0 to 1 ("torch").
@@ -79,7 +79,7 @@ def _resize(pixels: tf.Tensor, sides: tf.Tensor | list[int], is_large: tf.Tensor
     return tf.cast(tf.round(resized), tf.uint8)  # both methods average, so values stay in 0 to 255
 
 
-@decoders.rarely_used
+@file_bytes.rarely_used
 def _resize_by_area(pixels: tf.Tensor, sides: tf.Tensor | list[int]) -> tf.Tensor:
     return tf.image.resize(pixels, sides, method="area")  # half the CPU time of antialias=True
 

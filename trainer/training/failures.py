@@ -11,7 +11,7 @@ from trainer import cli
 from trainer.errors import UserError
 from trainer.runtime import worker_watch
 from trainer.runtime.cluster import Cluster
-from trainer.training.loop import TrainingInterrupted
+from trainer.training.interruption import TrainingInterrupted
 
 # What a collective operation raises if a worker at its other end is gone.
 LOST_WORKER_ERRORS = (

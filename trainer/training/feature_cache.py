@@ -15,7 +15,8 @@ from absl import logging
 from trainer.runtime import agreement
 from trainer.runtime.devices import Devices
 from trainer.storage import files
-from trainer.training.loop import ModelOutputs, TrainingInterrupted
+from trainer.training.inference import ModelOutputs
+from trainer.training.interruption import TrainingInterrupted
 
 # A part is written when it has this many examples (160 MB at F = 2,048) or after this time: the most that a killed job
 # computes again.

@@ -23,16 +23,9 @@ from trainer.runtime import agreement
 from trainer.runtime.devices import Devices
 from trainer.training import feature_cache, head_solver
 from trainer.training.head_solver import HeadFit
-from trainer.training.loop import (
-    EpochTotals,
-    ModelOutputs,
-    ProfileRange,
-    StopReason,
-    TrainingLoop,
-    evaluate_logits,
-    make_inference,
-    run_inference,
-)
+from trainer.training.inference import ModelOutputs, evaluate_logits, make_inference, run_inference
+from trainer.training.interruption import StopReason
+from trainer.training.loop import EpochTotals, ProfileRange, TrainingLoop
 from trainer.training.optimizer import Recipe, make_optimizer
 from trainer.training.progress import ProgressReporter
 from trainer.training.trainer import HEAD, WHOLE_NETWORK, Stage

@@ -18,17 +18,9 @@ from trainer.data.sampler import EpochPlan
 from trainer.errors import UserError
 from trainer.models.networks import Network
 from trainer.training import checkpoint
-from trainer.training.loop import (
-    EpochTotals,
-    NonFiniteLossError,
-    ProfileRange,
-    StopReason,
-    TrainingInterrupted,
-    TrainingLoop,
-    Validation,
-    evaluate_logits,
-    train_epoch,
-)
+from trainer.training.inference import Validation, evaluate_logits
+from trainer.training.interruption import StopReason, TrainingInterrupted
+from trainer.training.loop import EpochTotals, NonFiniteLossError, ProfileRange, TrainingLoop, train_epoch
 
 HEAD, WHOLE_NETWORK = "head", "all"  # names of the stages, in history.csv and in checkpoints
 
