@@ -6,18 +6,16 @@ import re
 
 import pytest
 
-from tests.support import gcs_emulator, paths, tiny_model
 from trainer import cli
 
+for name, value in cli.TENSORFLOW_ENVIRONMENT.items():  # as the commands set it, before TensorFlow is imported
+    os.environ.setdefault(name, value)
 pytest.register_assert_rewrite("tests.support.browser")  # its asserts show the values that they compare
-from tests.support import browser  # noqa: E402
+from tests.support import browser, gcs_emulator, paths, tiny_model  # noqa: E402
 
 # Where the tests themselves run in Kubernetes, on Vertex AI or on Slurm, the commands must still behave as on a laptop.
 for name in [name for name in os.environ if name in cli.PLATFORM_VARIABLES or name.startswith(("AIP_", "SLURM"))]:
     del os.environ[name]
-
-for name, value in cli.TENSORFLOW_ENVIRONMENT.items():  # as the commands set it
-    os.environ.setdefault(name, value)
 
 _bucket_numbers = itertools.count()
 

@@ -104,7 +104,7 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
         logging.info("Training and validation: %s.", origin)
         stop = StopSignal(exit_code=cli.EXIT_STOPPED)
         cli.import_tensorflow()
-        os.environ["TF_CONFIG"] = cluster.tf_config(this_worker)
+        os.environ |= cluster.tensorflow_environment(this_worker)
         cluster.check_addresses(this_worker, timeout_secs=ADDRESS_TIMEOUT_SECS)
 
         from trainer import job  # imports TensorFlow

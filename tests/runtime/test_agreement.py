@@ -22,6 +22,8 @@ print(agreement.from_chief(values, (1, 2), machine).tolist())
 """
 
 
+# For data and weights from the Internet; workers must not use it among themselves.
+UNREACHABLE_PROXY = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
 EXPECTED = "1\nNone\n[[0.10000000149011612, 2.5]]\n"
 
 
@@ -37,7 +39,7 @@ def test_two_workers_find_the_one_that_differs():
     try:
         for index, description in enumerate(["seed=0", "seed=1"]):
             view = cluster.Cluster(workers=2, index=index, is_chief=index == 0, addresses=addresses, source="test")
-            environment = os.environ | {"TF_CONFIG": cluster.tf_config(view)}
+            environment = os.environ | UNREACHABLE_PROXY | cluster.tensorflow_environment(view)
             command = [sys.executable, "-c", WORKER, description]
             workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
         assert [worker.communicate(timeout=120)[0] for worker in workers] == [EXPECTED, EXPECTED]

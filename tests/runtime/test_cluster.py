@@ -441,13 +441,16 @@ def test_all_workers_agree_on_addresses_and_chief(environments):
 def test_tf_config_describes_the_same_cluster(environments):
     for environment in environments:
         before = cluster.resolve(environment)
-        text = cluster.tf_config(before)
+        variables = cluster.tensorflow_environment(before)
+        text = variables["TF_CONFIG"]
         assert list(json.loads(text)["cluster"]) == ["worker"]
+        assert variables["no_grpc_proxy"].split(",") == [address.rpartition(":")[0] for address in before.addresses]
         assert cluster.resolve({"TF_CONFIG": text}) == dataclasses.replace(before, source="TF_CONFIG")
 
 
 def test_tf_config_of_a_single_worker_has_no_cluster():
-    assert cluster.tf_config(cluster.resolve({"TF_CONFIG": spec({"chief": ["a:1"]}, "chief", 0)})) == "{}"
+    single = cluster.resolve({"TF_CONFIG": spec({"chief": ["a:1"]}, "chief", 0)})
+    assert cluster.tensorflow_environment(single) == {"TF_CONFIG": "{}"}
 
 
 def test_a_port_in_use_is_an_error():

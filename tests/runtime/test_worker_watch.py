@@ -9,7 +9,7 @@ import time
 
 from tests.support.processes import free_ports
 from trainer.runtime import worker_watch
-from trainer.runtime.cluster import Cluster, tf_config
+from trainer.runtime.cluster import Cluster, tensorflow_environment
 
 WORKER = """
 import os, sys
@@ -39,7 +39,7 @@ def two_workers(index: int) -> Cluster:
 
 def start(this_worker: Cluster, *, timeout_secs: int) -> subprocess.Popen:
     """Starts one of two workers, and not the other."""
-    environment = os.environ | {"TF_CONFIG": tf_config(this_worker)}
+    environment = os.environ | tensorflow_environment(this_worker)
     command = [sys.executable, "-c", WORKER, str(timeout_secs)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
 

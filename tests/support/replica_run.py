@@ -24,7 +24,7 @@ def main() -> None:
     """Starts TensorFlow as trainer.task does, then trains."""
     flags = parse_flags()
     worker = cluster.resolve(os.environ)
-    os.environ["TF_CONFIG"] = cluster.tf_config(worker)
+    os.environ |= cluster.tensorflow_environment(worker)
     cli.import_tensorflow()
     import tensorflow as tf
 

@@ -18,8 +18,7 @@ def large_png(side: int = 7000) -> bytes:
 def many_scans(num_scans: int, side: int = 7000) -> bytes:
     """A gray progressive JPEG of side x side pixels, each scan of which visits every block.
 
-    A scan takes 100 bytes, and about 8 ms at 7000
-    pixels (libjpeg-turbo).
+    A scan takes 100 bytes, and about 8 ms at 7000 pixels (libjpeg-turbo).
     """
     num_blocks = ((side + 7) // 8) ** 2
     # One Huffman code of one bit in each table: 0 is "difference 0" for DC, and "EOB run of 16384 + 14 bits" for AC.

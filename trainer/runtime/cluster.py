@@ -98,15 +98,21 @@ def resolve(environment: Mapping[str, str]) -> Cluster:
     return _from_kubernetes(kubernetes)
 
 
-def tf_config(cluster: Cluster) -> str:
-    """Returns the TF_CONFIG for TensorFlow: workers only, of which TensorFlow takes the first as the chief.
+def tensorflow_environment(cluster: Cluster) -> dict[str, str]:
+    """Returns the environment variables for TensorFlow.
 
-    For a single worker it is `{}`, so that TensorFlow does not wait for others.
+    TF_CONFIG has workers only, of which TensorFlow takes the first as the chief; for a single worker it is `{}`, so that
+    TensorFlow does not wait for others. no_grpc_proxy lists the workers' hosts: gRPC would otherwise send what workers
+    send each other to the proxy of http_proxy or https_proxy, which refuses it.
     """
     if cluster.workers == 1:
-        return "{}"
+        return {"TF_CONFIG": "{}"}
     task = {"type": "worker", "index": cluster.index}
-    return json.dumps({"cluster": {"worker": list(cluster.addresses)}, "task": task})
+    hosts = [address.rpartition(":")[0].strip("[]") for address in cluster.addresses]
+    return {
+        "TF_CONFIG": json.dumps({"cluster": {"worker": list(cluster.addresses)}, "task": task}),
+        "no_grpc_proxy": ",".join(hosts),
+    }
 
 
 def check_addresses(cluster: Cluster, *, timeout_secs: float) -> None:

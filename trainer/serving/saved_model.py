@@ -64,7 +64,11 @@ class ServingModule(tf.Module):
         # One trace of the network for all signatures; TensorFlow prunes the heat map where it is not an output.
         @tf.function(input_signature=[tf.TensorSpec([None, *network.model.input_shape[1:]], tf.uint8)])
         def explain(images: tf.Tensor) -> gradcam.Explanation:
-            return gradcam.explain(network, preprocess(images, network_input.preprocessing))
+            # With oneDNN a convolution of no images has the shape of its input (TensorFlow 2.21): compute at least one.
+            num_images = tf.shape(images)[0]
+            padded = tf.pad(images, [[0, tf.cast(num_images == 0, tf.int32)], [0, 0], [0, 0], [0, 0]])
+            explanation = gradcam.explain(network, preprocess(padded, network_input.preprocessing))
+            return gradcam.Explanation(*(output[:num_images] for output in explanation))
 
         self._explain = explain
 
