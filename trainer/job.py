@@ -101,6 +101,11 @@ class Job:
         """The classes, in the order of the network's outputs."""
         return self.prepared.folder.class_names
 
+    @property
+    def feature_dir(self) -> str:
+        """Where the features of the frozen backbone are kept."""
+        return self.settings.cache_dir or self.paths.checkpoints
+
     def stop_requested(self) -> StopReason:
         """Why this worker asks to stop; only the chief looks at the cost."""
         if self.prepared.stop.is_set():
@@ -276,6 +281,7 @@ def _write_run_info(job: Job) -> None:
 def _train_and_export(job: Job, finished: FinishedRun) -> None:
     """Raises TrainingInterrupted after a signal. At the cost limit, it exports the best weights so far."""
     network = _build_network(job)
+    inputs = _stage_inputs(job, network)
     trainer = _make_trainer(job, network)
     if job.images.num_unfetched_shards:
         with job.progress.bar("fetching shards", job.images.num_unfetched_shards) as bar:
@@ -289,7 +295,7 @@ def _train_and_export(job: Job, finished: FinishedRun) -> None:
             _write_epoch(job, trainer, is_best=True)
     is_stopped_by_cost = False
     try:
-        _train(job, network, trainer, writer)
+        _train(job, inputs, trainer, writer)
     except TrainingInterrupted as interruption:
         if interruption.reason != StopReason.COST_LIMIT:
             raise
@@ -373,7 +379,7 @@ def _check_workers_agree(job: Job, trainer: Trainer) -> None:
         )
 
 
-def _train(job: Job, network: Network, trainer: Trainer, writer: ReportWriter | None) -> None:
+def _train(job: Job, inputs: StageInputs, trainer: Trainer, writer: ReportWriter | None) -> None:
     """Runs the remaining stages and reports each epoch. Raises TrainingInterrupted."""
 
     def on_flips(flips: bool) -> None:
@@ -383,9 +389,9 @@ def _train(job: Job, network: Network, trainer: Trainer, writer: ReportWriter | 
 
     remaining = job_stages.remaining_stages(
         job.settings,
-        _stage_inputs(job, network),
+        inputs,
         trainer,
-        feature_dir=job.settings.cache_dir or job.paths.checkpoints,
+        feature_dir=job.feature_dir,
         profile_range=job.prepared.profile_range,
         on_flips=on_flips,
     )

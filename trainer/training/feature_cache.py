@@ -57,6 +57,16 @@ def load_or_compute(
             raise
         if writer:
             writer.write()
+    return _joined(parts)
+
+
+def load(directory: str, name: str, num_examples: int) -> ModelOutputs | None:
+    """As load_or_compute, but None if a part is missing or damaged. Raises OSError."""
+    parts = _read_parts(directory, name, num_examples)
+    return None if _gaps(parts, num_examples) else _joined(parts)
+
+
+def _joined(parts: dict[int, ModelOutputs]) -> ModelOutputs:
     ordered = [parts[start] for start in sorted(parts)]
     return ModelOutputs(
         values=np.concatenate([part.values for part in ordered]),

@@ -8,6 +8,7 @@ from trainer import formatting, recipes
 from trainer.config import Config
 from trainer.models import networks
 from trainer.training import stages
+from trainer.training.inference import ModelOutputs
 from trainer.training.loop import ProfileRange
 from trainer.training.optimizer import Recipe
 from trainer.training.stages import StageInputs
@@ -80,6 +81,13 @@ def feature_source(settings: Config, inputs: StageInputs) -> tuple:
     """What cached features depend on besides the images and the precision."""
     weights = networks.weights_fingerprint(settings.weights)
     return (settings.backbone, weights, inputs.network_input, settings.head)
+
+
+def read_features(settings: Config, inputs: StageInputs, *, feature_dir: str) -> ModelOutputs | None:
+    """Features of all images by the frozen backbone, in the order of images.paths; None without a head stage."""
+    if not settings.head_epochs:
+        return None
+    return stages.read_features(inputs, feature_dir=feature_dir, feature_source=feature_source(settings, inputs))
 
 
 def _log_cost_of_finetuning(settings: Config, stage: Stage, num_training: int) -> None:

@@ -73,8 +73,7 @@ def head_stage(
     features are too many for that. `feature_source` is what the features depend on besides the images and the
     precision. Raises UserError if too many images cannot be decoded, and TrainingInterrupted.
     """
-    images = inputs.images
-    name = feature_cache.cache_key(images.hashes, *feature_source, inputs.precision)
+    images, name = inputs.images, _feature_name(inputs, feature_source)
     logging.info("Features of %d images: read from %s, or computed and kept there.", len(images.paths), feature_dir)
     batch_times: list[tuple[float, int]] = []
     compute = _feature_function(inputs, batch_times)
@@ -105,6 +104,15 @@ def head_stage(
         training_paths=inputs.split.training.paths,
         profile=profile,
     )
+
+
+def read_features(inputs: StageInputs, *, feature_dir: str, feature_source: tuple) -> ModelOutputs | None:
+    """The features that the head was trained on, in the order of images.paths; None if they are no longer there."""
+    return feature_cache.load(feature_dir, _feature_name(inputs, feature_source), len(inputs.images.paths))
+
+
+def _feature_name(inputs: StageInputs, feature_source: tuple) -> str:
+    return feature_cache.cache_key(inputs.images.hashes, *feature_source, inputs.precision)
 
 
 def _head_fit(inputs: StageInputs, features: ModelOutputs) -> Callable[[], EpochTotals]:
