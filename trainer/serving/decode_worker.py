@@ -4,6 +4,7 @@ The import of TensorFlow takes seconds; a process that is forked after it starts
 before the fork: its threads would not survive it.
 """
 
+import os
 import signal
 from multiprocessing.connection import Connection
 
@@ -16,6 +17,8 @@ import tensorflow as tf  # noqa: E402
 from trainer.data import formats  # noqa: E402
 from trainer.data.preprocessing import NetworkInput, decode_image  # noqa: E402
 from trainer.serving.classifier import decoding_error  # noqa: E402
+
+NICENESS = 10  # the event loop goes first, which answers health checks while all processors decode
 
 
 def build_graph(image_size: int, resize: str) -> bytes:
@@ -37,6 +40,7 @@ def run(connection: Connection, graph: bytes) -> None:
 
     The image is a PNG of the square that the network receives; it is empty if there is a reason against the file.
     """
+    os.nice(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is sent to the whole group; the server ends its decoders
     tf.config.set_visible_devices([], "GPU")
     tf.config.threading.set_intra_op_parallelism_threads(1)
