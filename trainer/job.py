@@ -124,7 +124,15 @@ def run(prepared: PreparedJob) -> int:
         on_stop=functools.partial(failures.leave_other_workers, code=cli.EXIT_STOPPED),
     )
     rendezvous.wait_for_workers(cluster, watch)
-    machine = devices.start(cluster, require_gpu=settings.require_gpu, waiting=watch.waiting)
+    try:
+        machine = devices.start(
+            cluster,
+            require_gpu=settings.require_gpu,
+            waiting=watch.waiting,
+            worker_timeout_secs=settings.worker_timeout_secs,
+        )
+    except tf.errors.DeadlineExceededError as error:
+        return failures.exit_code(error, job_dir=settings.job_dir, cluster=cluster)
     prepared.stop.listen()
     precision, precision_reason = devices.choose_precision(settings.precision, machine.kind)
     trains_statistics = networks.updates_batch_statistics(settings.batch_norm, settings.weights)

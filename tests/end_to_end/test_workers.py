@@ -17,6 +17,10 @@ from tests.support.images import write_images
 from tests.support.processes import free_ports
 from tests.support.resumable_job import assert_same, finish, read_result, read_rows, wait_for
 from trainer.artifacts.job_dir import JobDir
+from trainer.runtime import rendezvous
+from trainer.runtime.cluster import Cluster
+from trainer.runtime.signals import StopSignal
+from trainer.runtime.worker_watch import WorkerWatch
 
 pytestmark = pytest.mark.slow
 
@@ -137,6 +141,18 @@ def assert_loses(process: subprocess.Popen, lost: str) -> None:
     assert time.monotonic() - started < 60
     assert process.returncode == 75, output
     assert re.search(rf"{lost} \(localhost:\d+\) does not answer. To do: .* start all workers again", output), output
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_worker_that_is_killed_before_tensorflow_starts_ends_the_other(images, tmp_path, index):
+    addresses = tuple(f"localhost:{port}" for port in free_ports(2))
+    config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+    environment = {**os.environ, "TF_CONFIG": json.dumps(config)}
+    worker = resumable_job.start(images, tmp_path / "job", "--worker_timeout_secs=10", env=environment)
+    killed = Cluster(workers=2, index=1 - index, is_chief=index == 1, addresses=addresses, source="test")
+    nothing = WorkerWatch(killed, timeout_secs=600, stop=StopSignal(exit_code=0), on_timeout=print, on_stop=print)
+    rendezvous.wait_for_workers(killed, nothing)
+    assert_loses(worker, f"worker {1 - index}")
 
 
 def test_a_worker_with_other_flags_is_an_error_before_training(images, tmp_path):

@@ -12,6 +12,8 @@ from trainer.errors import UserError
 from trainer.runtime import gpu
 from trainer.runtime.cluster import Cluster
 
+CLUSTER_START_SECS = 120.0  # after the rendezvous, for what all workers then do at the same time
+
 
 def _unwatched(activity: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
@@ -36,13 +38,15 @@ def start(
     *,
     require_gpu: bool,
     waiting: Callable[[str], contextlib.AbstractContextManager] = _unwatched,
+    worker_timeout_secs: float = CLUSTER_START_SECS,
 ) -> Devices:
     """Creates the strategy: none for one device, Mirrored for several, MultiWorkerMirrored for several hosts.
 
-    Call it before any other TensorFlow operation, and for several hosts after rendezvous.wait_for_workers: it waits for
-    them without end. Collective operations are configured at program start
+    Call it before any other TensorFlow operation, and for several hosts after rendezvous.wait_for_workers: while it waits
+    for them, no signal ends the process. Collective operations are configured at program start
     (tensorflow#55178). Several hosts need TF_CONFIG; `waiting` is that of a WorkerWatch. Raises UserError if
-    `require_gpu` and TensorFlow sees no GPU.
+    `require_gpu` and TensorFlow sees no GPU, and DeadlineExceededError if a worker does not come within
+    `worker_timeout_secs` or CLUSTER_START_SECS.
     """
     gpus = tf.config.list_physical_devices("GPU")
     _check_gpus(gpus, require_gpu)
@@ -54,6 +58,7 @@ def start(
         options = tf.distribute.experimental.CommunicationOptions(
             implementation=implementation.NCCL if gpus else implementation.RING
         )
+        _limit_cluster_start(cluster.workers, min(worker_timeout_secs, CLUSTER_START_SECS))
         strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     elif len(tf.config.list_logical_devices(kind)) > 1:
         strategy = tf.distribute.MirroredStrategy([device.name for device in tf.config.list_logical_devices(kind)])
@@ -72,6 +77,23 @@ def start(
         first_replica=cluster.index * local_replicas,
         waiting=waiting,
     )
+
+
+def _limit_cluster_start(num_workers: int, timeout_secs: float) -> None:
+    """Makes TensorFlow wait for the other workers for so long, in place of an hour (the chief: without end).
+
+    One may be killed after the rendezvous. There is no public function for it; MultiWorkerMirroredStrategy keeps what is set.
+    """
+    from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2
+    from tensorflow.python.eager import context
+
+    context.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader="/job:worker/task:0",
+        coordinated_jobs=[coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=num_workers)],
+        cluster_register_timeout_in_ms=int(1000 * timeout_secs),
+    )
+    context.context().coordination_service.cluster_register_with_barrier = True
 
 
 def count_gpus() -> int:
