@@ -38,7 +38,7 @@ from trainer.runtime.worker_watch import WorkerWatch
 from trainer.serving import exporter
 from trainer.serving.exporter import FinishedRun
 from trainer.storage import files, lock
-from trainer.training import failures, job_stages
+from trainer.training import failures, job_stages, label_review
 from trainer.training.cost import Cost
 from trainer.training.interruption import StopReason, TrainingInterrupted
 from trainer.training.progress import ProgressReporter
@@ -176,6 +176,7 @@ def run(prepared: PreparedJob) -> int:
         f"XLA {'on' if xla else 'off'}."
     )
     logging.info("Fine-tuning of the whole network: %d epochs (%s).", settings.epochs, prepared.epochs_reason)
+    sampler.log_imbalance(prepared.split.training.labels, prepared.folder.class_names, settings.class_weight)
     return _run_locked(job, finished)
 
 
@@ -321,7 +322,7 @@ def _train_and_export(job: Job, finished: FinishedRun) -> None:
         )
     if trainer.best.epoch:
         job.paths.write_bad_files(job.images.bad_files.values())
-        _finish(job, finished, trainer, writer, is_stopped_by_cost=is_stopped_by_cost)
+        _finish(job, finished, inputs, trainer, writer, is_stopped_by_cost=is_stopped_by_cost)
 
 
 def _build_network(job: Job) -> Network:
@@ -448,12 +449,21 @@ def _write_epoch(job: Job, trainer: Trainer, *, is_best: bool) -> None:
 
 
 def _finish(
-    job: Job, finished: FinishedRun, trainer: Trainer, writer: ReportWriter, *, is_stopped_by_cost: bool
+    job: Job,
+    finished: FinishedRun,
+    inputs: StageInputs,
+    trainer: Trainer,
+    writer: ReportWriter,
+    *,
+    is_stopped_by_cost: bool,
 ) -> None:
     """Exports the best weights and writes the last files of a run."""
+    features = job_stages.read_features(job.settings, inputs, feature_dir=job.feature_dir)
+    reviewed = label_review.review(job.settings, inputs, features, trainer.best)
+    job.paths.write_label_issues(*reviewed.listed(), job.class_names)
     best = exporter.rebuild_best(finished)
     differences = exporter.export_all(finished, best, trainer.best.is_readable)
-    values = {**_metrics(job, trainer), "export_differences": differences}
+    values = {**_metrics(job, trainer), **reviewed.metrics(), "export_differences": differences}
     if is_stopped_by_cost:
         values["stopped_by_cost"] = True
     heatmaps = gradcam.of_files(
@@ -505,4 +515,7 @@ def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
         *(f"        {path}" for path in finished.converted_paths),
         f"try it: {cli.command('predict')} {arguments}",
     ]
+    if estimate := values.get("cross_validated"):
+        low, high = estimate["low"], estimate["high"]
+        lines.insert(1, f"cross-validated accuracy {estimate['accuracy']:.4f} ({low:.4f} to {high:.4f} at 95 %)")
     print("\n".join(lines), flush=True)

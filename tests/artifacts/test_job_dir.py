@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 
-from trainer.artifacts.job_dir import HISTORY_COLUMNS, PREDICTION_COLUMNS, TIME_COLUMNS, JobDir
+from trainer.artifacts.job_dir import HISTORY_COLUMNS, LABEL_ISSUE_COLUMNS, PREDICTION_COLUMNS, TIME_COLUMNS, JobDir
 from trainer.data.dataset import Examples, Split
 from trainer.data.listing import BadFile
 from trainer.errors import UserError
@@ -92,3 +92,10 @@ def test_partial_files_of_killed_processes_are_deleted(paths, tmp_path):
     (tmp_path / "metrics.json").touch()
     paths.remove_partial_files()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoints", "metrics.json"]
+
+
+def test_label_issues_have_the_probability_of_the_label(paths):
+    probabilities = np.array([[0.1, 0.9], [0.75, 0.25]], np.float32)
+    paths.write_label_issues(examples("a", "b"), probabilities, ("a", "b"))
+    rows = [tuple(row[column] for column in LABEL_ISSUE_COLUMNS) for row in rows_of(paths.label_issues)]
+    assert rows == [("a/1.jpg", "a", "b", "0.1"), ("b/1.jpg", "b", "a", "0.25")]

@@ -8,6 +8,7 @@ import pytest
 
 from trainer.artifacts.metrics import (
     classification_metrics,
+    estimate,
     expected_calibration_error,
     holm_correction,
     mcnemar_test,
@@ -31,6 +32,19 @@ def test_a_class_without_images_has_no_recall():
     assert metrics.per_class[2] == {"precision": 0.0, "recall": None, "f1": 0.0, "support": 0}
     assert metrics.per_class[3] == {"precision": None, "recall": None, "f1": None, "support": 0}
     json.dumps(metrics.per_class, allow_nan=False)
+
+
+def test_the_interval_of_the_balanced_accuracy_is_wide_where_a_class_is_rare():
+    labels = np.repeat([0, 1], [990, 10])
+    result = estimate(classification_metrics(labels, np.where(np.arange(1000) < 995, 0, 1), num_classes=3))
+    assert (result["correct"], result["images"], result["accuracy"]) == (995, 1000, 0.995)
+    assert (result["low"], result["high"]) == wilson_interval(995, 1000)
+    assert result["balanced_accuracy"] == 0.75
+    # The recall of the other class is 1 of 1,000 images, so half of the interval of 5 of 10 remains.
+    low, high = wilson_interval(5, 10)
+    assert result["balanced_low"] == pytest.approx(0.75 - (0.5 - low) / 2, abs=1e-3)
+    assert result["balanced_high"] == pytest.approx(0.75 + (high - 0.5) / 2, abs=1e-3)
+    json.dumps(result, allow_nan=False)
 
 
 @pytest.mark.parametrize(("labels", "predicted"), [([], []), ([0, 1], [0]), ([0], [2]), ([-1], [0])])

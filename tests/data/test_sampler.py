@@ -47,6 +47,14 @@ def test_balanced_weights_of_two_classes():
     np.testing.assert_allclose(sampler.class_weights(labels, 2, "none"), [1, 1])
 
 
+def test_a_class_with_less_than_a_tenth_of_the_largest_is_reported():
+    assert not sampler.describe_imbalance({"a": 100, "b": 10}, "none")
+    text = sampler.describe_imbalance({"a": 1000, "b": 40, "c": 90}, "none")
+    assert text.startswith("The class “b” has 40 images, “a” has 1,000. --class_weight=balanced would count an image")
+    assert "25 times" in text
+    assert sampler.describe_imbalance({"a": 100, "b": 1}, "balanced").endswith("counts each class equally in the loss.")
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60))
 def test_balanced_weights_give_each_class_the_same_sum(labels):
     labels = np.array(labels)

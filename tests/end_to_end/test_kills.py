@@ -65,7 +65,7 @@ def other_files(job_dir: pathlib.Path) -> dict[str, bytes]:
     paths = [path for path in job_dir.rglob("*") if path.is_file()]
     names = {str(path.relative_to(job_dir)): path for path in paths if path.parent.name != "logs"}
     names.pop("checkpoints/lease.json", None)  # a bucket has it while the job runs
-    is_equal = re.compile(r".*\.(png|txt)|split\.csv|bad_files\.csv|gradcam\.json").fullmatch
+    is_equal = re.compile(r".*\.(png|txt)|split\.csv|bad_files\.csv|label_issues\.csv|gradcam\.json").fullmatch
     names = {re.sub(r"^checkpoints/\d{6}\.npz", "checkpoints/N.npz", name): path for name, path in names.items()}
     return {name: path.read_bytes() if is_equal(name) else b"" for name, path in names.items()}
 
@@ -82,7 +82,8 @@ def test_a_job_that_is_killed_at_each_write_ends_as_undisturbed(images, undistur
     writes = run_job(images, tmp_path / "job", weights=tmp_path / "given.h5", every=1)
     assert {name for _, name, *_ in writes} >= {
         "config.json", "split.csv", "labels.txt", "bad_files.csv", "000001.npz", "best.weights.h5", "history.csv", "time.csv",
-        "predictions.csv", "index.html", "saved_model", "gradcam.json", "metrics.json", "mistakes.png", "model_card.md",
+        "predictions.csv", "label_issues.csv", "index.html", "saved_model", "gradcam.json", "metrics.json", "mistakes.png",
+        "model_card.md",
     }  # fmt: skip
     assert_same_run(undisturbed, tmp_path / "job")
 

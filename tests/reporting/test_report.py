@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.support.written_job import CLASSES, HISTORY, MATH, SCRIPT, make_job_dir, write_csv
-from trainer.artifacts.job_dir import PREDICTION_COLUMNS
+from trainer.artifacts.job_dir import LABEL_ISSUE_COLUMNS, PREDICTION_COLUMNS
 from trainer.artifacts.metrics import expected_calibration_error, wilson_interval
 from trainer.reporting import report
 
@@ -173,6 +173,61 @@ def test_a_fitted_head_is_one_epoch_that_nothing_was_chosen_for(tmp_path):
     report.write(str(job_dir), only_page=True)
     assert "a head fitted by logistic regression, then 3 epochs of all layers" in Page(job_dir).text
     assert "1 of 4 epochs done" in Page(job_dir).text
+
+
+ESTIMATE = {"accuracy": 0.9, "low": 0.8, "high": 0.95, "correct": 18, "images": 20, "balanced_accuracy": 0.6,
+            "balanced_low": 0.5, "balanced_high": 0.7}  # fmt: skip
+
+
+def with_metrics(job_dir, **values):
+    metrics = json.loads((job_dir / "metrics.json").read_text())
+    (job_dir / "metrics.json").write_text(json.dumps({**metrics, **values}))
+
+
+def test_the_cross_validated_accuracy_leads_and_the_validation_accuracy_is_second(tmp_path):
+    job_dir = make_job_dir(tmp_path, history=HISTORY[:1])
+    with_metrics(job_dir, cross_validated=ESTIMATE)
+    report.write(str(job_dir), only_page=True)
+    text = Page(job_dir).text
+    lead = "90.00 % 18 of 20 training and validation images are classified correctly by a head that was fitted without them"
+    assert lead in text
+    assert "is 80.0 % to 95.0 %. Validation accuracy: 75.00 % (40.9 % to 92.9 %)" in text
+    assert "They leave out images from elsewhere" in text
+
+
+def test_the_balanced_accuracy_leads_if_a_class_is_rare(tmp_path):
+    job_dir = make_job_dir(tmp_path)
+    with open(job_dir / "split.csv", "a", encoding="utf-8") as file:
+        file.writelines(f"{MATH}/{number}.png,{MATH},training,{number}\n" for number in range(100, 140))
+    report.write(str(job_dir), only_page=True)
+    text = Page(job_dir).text
+    assert "75.00 % Balanced accuracy: the mean over the classes" in text
+    assert "6 of 8 validation images are classified correctly" in text
+    assert f"has 4 images, “{MATH}” has 44. --class_weight=balanced would count" in text
+    with_metrics(job_dir, cross_validated=ESTIMATE)
+    report.write(str(job_dir), only_page=True)
+    assert "60.00 % Balanced accuracy" in Page(job_dir).text
+    assert "(95 % interval: 50.0 % to 70.0 %)" in Page(job_dir).text
+
+
+def test_labels_to_check_are_shown_with_training_images(tmp_path):
+    job_dir = make_job_dir(tmp_path)
+    rows = [(f"{SCRIPT}/5.png", SCRIPT, MATH, "0.015"), (f"{MATH}/0.png", MATH, SCRIPT, "0.25")]
+    write_csv(job_dir / "label_issues.csv", LABEL_ISSUE_COLUMNS, rows)
+    report.write(str(job_dir), only_page=True)
+    assert "Labels to check" not in Page(job_dir).text  # of an earlier end of this run
+    with_metrics(job_dir, label_issues=2, labels_examined=24, labels_judged_by="out_of_fold")
+    report.write(str(job_dir), only_page=True)
+    page = Page(job_dir)
+    assert "Each of 24 training and validation images" in page.text
+    assert f"{SCRIPT} or rather {MATH} ? {SCRIPT}/5.png; 1.5 % for the label; training" in page.text
+    assert f"{SCRIPT}/5.png" in [attributes["alt"] for attributes in page.images()]
+    with_metrics(job_dir, label_issues=0, labels_examined=8, labels_judged_by="validation")
+    write_csv(job_dir / "label_issues.csv", LABEL_ISSUE_COLUMNS, [])
+    report.write(str(job_dir), only_page=True)
+    text = Page(job_dir).text
+    assert "training images were not examined. For 0 another class is more probable than the label." in text
+    assert "An image that is not listed may still have a wrong label." in text
 
 
 @pytest.mark.slow

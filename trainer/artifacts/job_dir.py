@@ -45,6 +45,7 @@ TIME_COLUMNS = (
     "ceiling_images_per_second",
 )
 PREDICTION_COLUMNS = ("path", "label", "predicted", "probability", "label_probability")
+LABEL_ISSUE_COLUMNS = ("path", "label", "suggested_label", "probability")
 BAD_FILE_COLUMNS = ("path", "reason")
 PAGE_NAME = "index.html"  # of a report
 # Of the flags in config.json, those that a model needs, and those that every run has.
@@ -106,6 +107,11 @@ class JobDir:
     def predictions(self) -> str:
         """The prediction of the best weights for each validation image: PREDICTION_COLUMNS."""
         return self._path("predictions.csv")
+
+    @property
+    def label_issues(self) -> str:
+        """The images of which another class is more probable than their label: LABEL_ISSUE_COLUMNS."""
+        return self._path("label_issues.csv")
 
     @property
     def heatmaps(self) -> str:
@@ -267,6 +273,21 @@ class JobDir:
             )
         ]
         files.atomic_write(self.predictions, _csv_text(PREDICTION_COLUMNS, rows))
+
+    def write_label_issues(self, examples: Examples, probabilities: np.ndarray, class_names: tuple[str, ...]) -> None:
+        """Writes label_issues.csv, one row per example, in their order; `probabilities` float32 [N, C].
+
+        `probability` is that of the label.
+        """
+        of_label = probabilities[np.arange(len(examples)), examples.labels]
+        suggested = probabilities.argmax(axis=1)
+        rows = [
+            (path, class_names[label], class_names[suggestion], f"{probability:.6g}")
+            for path, label, suggestion, probability in zip(
+                examples.paths, examples.labels, suggested, of_label, strict=True
+            )
+        ]
+        files.atomic_write(self.label_issues, _csv_text(LABEL_ISSUE_COLUMNS, rows))
 
     def write_heatmaps(self, epoch: int | None, heatmaps: dict[str, np.ndarray]) -> None:
         """Writes gradcam.json: heat maps uint8 [h, w] by image path, of the network after `epoch`, if it is known."""

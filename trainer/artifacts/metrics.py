@@ -90,6 +90,29 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
+def estimate(result: ClassificationMetrics) -> dict[str, Any]:
+    """Accuracy and balanced accuracy with 95 % intervals, and the counts of images, as JSON values.
+
+    `low` and `high` are Wilson's interval of the accuracy; those of the balanced accuracy combine the intervals of the
+    recalls by the method of variance estimates recovery (Zou and Donner, 2008, doi:10.1002/sim.3095).
+    """
+    correct, support = result.confusion.diagonal(), result.confusion.sum(axis=1)  # [C]
+    low, high = wilson_interval(int(correct.sum()), int(support.sum()))
+    present = np.flatnonzero(support)
+    bounds = np.array([wilson_interval(int(correct[c]), int(support[c])) for c in present]).T  # [2, classes present]
+    below, above = (np.linalg.norm(bounds - correct[present] / support[present], axis=1) / len(present)).tolist()
+    return {
+        "accuracy": result.accuracy,
+        "low": low,
+        "high": high,
+        "correct": int(correct.sum()),
+        "images": int(support.sum()),
+        "balanced_accuracy": result.balanced_accuracy,
+        "balanced_low": result.balanced_accuracy - below,
+        "balanced_high": result.balanced_accuracy + above,
+    }
+
+
 def reliability_bins(probability: Any, correct: Any, bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Number of images, share correct and mean probability, each [bins], of N predictions in bins of equal width.
 

@@ -18,15 +18,18 @@ from trainer.artifacts.job_dir import (
     BAD_FILE_COLUMNS,
     FLAGS_OF_A_RUN,
     HISTORY_COLUMNS,
+    LABEL_ISSUE_COLUMNS,
     PREDICTION_COLUMNS,
     JobDir,
 )
 from trainer.artifacts.metrics import (
     ClassificationMetrics,
     classification_metrics,
+    estimate,
     expected_calibration_error,
     wilson_interval,
 )
+from trainer.data import sampler
 from trainer.data.splits import SPLIT_COLUMNS
 from trainer.errors import UserError
 from trainer.storage import files
@@ -34,6 +37,7 @@ from trainer.storage import files
 _MAX_MISTAKES = 24
 _MAX_UNCERTAIN = 12
 _MAX_PAIRS = 12
+_MAX_DOUBTFUL = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,7 @@ class RunRecord:
     times: list[dict[str, Any]]  # rows of time.csv
     predictions: list[dict[str, Any]]  # rows of predictions.csv with `correct`
     metrics: dict[str, Any]  # metrics.json
+    label_issues: list[dict[str, Any]]  # rows of label_issues.csv
     heatmaps: dict[str, Any]  # gradcam.json: `epoch`, and `maps` from image path to [h][w] of 0..255
 
     @functools.cached_property
@@ -188,6 +193,36 @@ class RunRecord:
         return {"correct": correct, "total": total, "accuracy": correct / total, "low": low, "high": high}
 
     @functools.cached_property
+    def estimates(self) -> list[dict[str, Any]]:
+        """The accuracies with their intervals, as metrics.estimate gives them, each with its `kind`; the first leads.
+
+        The kinds are cross_validated and, of predictions.csv or else the best epoch, validation or evaluation. Before
+        there are predictions, there is no balanced accuracy.
+        """
+        found = []
+        if headline := self.metrics.get("cross_validated"):
+            found.append({**headline, "kind": "cross_validated"})
+        if values := self.accuracy_estimate:
+            values = {**values, "images": values["total"], "kind": "evaluation" if self.is_evaluation else "validation"}
+            found.append(values | (estimate(self.classification) if self.classification else {}))
+        return found
+
+    @functools.cached_property
+    def imbalance(self) -> str:
+        """What sampler.describe_imbalance says of the images per class; "" if no class is rare, or none is known."""
+        counts: dict[str, int] = self.training_counts
+        if not counts and self.classification:
+            supports = [int(values["support"] or 0) for values in self.classification.per_class]
+            counts = {name: count for name, count in zip(self.class_names, supports, strict=True) if count}
+        return sampler.describe_imbalance(counts, self.flags.get("class_weight", "none")) if counts else ""
+
+    @functools.cached_property
+    def doubtful(self) -> list[dict[str, Any]]:
+        """The first label issues, each with `split`, the side of its image."""
+        sides = {row["path"]: row["split"] for row in self.split}
+        return [{**row, "split": sides.get(row["path"], "")} for row in self.label_issues[:_MAX_DOUBTFUL]]
+
+    @functools.cached_property
     def mistakes(self) -> list[dict[str, Any]]:
         """The first wrong predictions, most confident first."""
         wrong = (row for row in self.predictions if not row["correct"])
@@ -263,6 +298,7 @@ def read(job_dir: str) -> RunRecord:
         times=_read_rows(paths.time, ("epoch", "stage"), _epoch_row),  # that of an earlier version has fewer columns
         predictions=_read_rows(paths.predictions, PREDICTION_COLUMNS, _prediction_row),
         metrics=metrics,
+        label_issues=_read_rows(paths.label_issues, LABEL_ISSUE_COLUMNS, _label_issue_row),
         heatmaps=files.read_json_object(paths.heatmaps) or {},
     )
 
@@ -280,6 +316,10 @@ def _prediction_row(row: dict[str, str]) -> dict[str, Any]:
     values["label_probability"] = float(row["label_probability"])
     values["correct"] = row["label"] == row["predicted"]
     return values
+
+
+def _label_issue_row(row: dict[str, str]) -> dict[str, Any]:
+    return {**row, "probability": float(row["probability"])}
 
 
 def _read_rows(path: str, columns: Sequence[str], parse: Callable[[dict[str, str]], dict]) -> list[dict]:

@@ -4,8 +4,14 @@ Shapes: N examples, B in a global batch, R replicas over all workers, b = ceil(B
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from absl import logging
+
+from trainer import formatting
+
+MAX_IMBALANCE = 10  # of the largest class to the smallest: beyond it, accuracy hardly depends on the smallest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,3 +77,30 @@ def class_weights(labels: np.ndarray, num_classes: int, class_weight: str) -> np
         return np.ones(num_classes, np.float32)
     counts = np.bincount(labels, minlength=num_classes)
     return (len(labels) / (num_classes * np.maximum(counts, 1))).astype(np.float32)
+
+
+def describe_imbalance(counts: Mapping[str, int], class_weight: str) -> str:
+    """What the log and the report say of the images per class, in two sentences; "" if no class is rare.
+
+    `class_weight` is the value of --class_weight.
+    """
+    smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    ratio = counts[largest] / max(counts[smallest], 1)
+    if ratio <= MAX_IMBALANCE:
+        return ""
+    rare, common = (f"“{formatting.shorten(name, 40)}”" for name in (smallest, largest))
+    if class_weight == "balanced":
+        effect = "--class_weight=balanced counts each class equally in the loss."
+    else:
+        effect = (
+            f"--class_weight=balanced would count an image of {rare} {ratio:.3g} times as much as one of {common}: usually "
+            "more images of rare classes are found, and more other images are taken for them."
+        )
+    return f"The class {rare} has {counts[smallest]:,} images, {common} has {counts[largest]:,}. {effect}"
+
+
+def log_imbalance(labels: np.ndarray, class_names: Sequence[str], class_weight: str) -> None:
+    """Logs what `describe_imbalance` says of the training labels, int [N]."""
+    counts = dict(zip(class_names, np.bincount(labels, minlength=len(class_names)).tolist(), strict=True))
+    if text := describe_imbalance(counts, class_weight):
+        logging.warning("Training images: %s The report leads with the balanced accuracy.", text)

@@ -30,7 +30,7 @@ def write(job_dir: str, *, report_dir: str = "", only_page: bool = False) -> Non
     mistakes = thumbnails.with_images(run, run.mistakes)
     with plots.style():
         pngs = _page_pngs(run, report_dir, reuse=only_page)
-        page = _page(run, mistakes=mistakes, uncertain=thumbnails.with_images(run, run.uncertain), pngs=pngs)
+        page = _page(run, mistakes=mistakes, pngs=pngs)
         if not only_page:
             pngs |= _figure_pngs(run, mistakes)
     files.make_directory(report_dir)
@@ -75,7 +75,7 @@ def _figure_pngs(run: RunRecord, mistakes: list[dict[str, Any]]) -> dict[str, by
     return pngs
 
 
-def _page(run: RunRecord, *, mistakes: list, uncertain: list, pngs: dict[str, bytes]) -> str:
+def _page(run: RunRecord, *, mistakes: list, pngs: dict[str, bytes]) -> str:
     """The text of index.html."""
     figures: dict[str, Any] = {}
     by_f1: list[tuple[str, dict]] = []
@@ -93,7 +93,8 @@ def _page(run: RunRecord, *, mistakes: list, uncertain: list, pngs: dict[str, by
         settings=run.flags,
         defaults=run.config["defaults"],
         mistakes=mistakes,
-        uncertain=uncertain,
+        uncertain=thumbnails.with_images(run, run.uncertain),
+        doubtful=thumbnails.with_images(run, run.doubtful),
         by_f1=by_f1,
         stage_times=_stage_times(run),
         # Markup: matplotlib has escaped the text in the figures.
