@@ -2,31 +2,41 @@
 
     python -m trainer.inspect_data --data_dir=images
     python -m trainer.inspect_data --data_dir=images --fix=list.txt && xargs -d '\\n' rm -- < list.txt
+    python -m trainer.inspect_data --data_dir=images --weights=imagenet
 
 Reports classes, sizes, formats, unreadable files with their reasons, exact duplicates within a class and under two
-labels, images that look alike (also between training and validation), small images and unbalanced classes. Writes
-inspect.json, inspect.html and sizes.png to --output_dir. Exit code 0, or 1 with --strict if there is a problem.
+labels, images that look alike (also between training and validation), small images and unbalanced classes. With
+--weights, lists the images of which another class is more probable than their label: they are no problem, but worth a
+look. Writes inspect.json, inspect.html, sizes.png and label_issues.csv to --output_dir. Exit code 0, or 1 with --strict
+if there is a problem.
 """
 
 import os
 import sys
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import markupsafe
 import numpy as np
 from absl import flags, logging
 
-from trainer import cli
+from trainer import cli, config
+from trainer.artifacts.job_dir import JobDir
+from trainer.config import Config
 from trainer.data import inspection, listing, tfds
+from trainer.data.dataset import Examples
 from trainer.data.inspection import InspectedFile, Inspection
 from trainer.errors import UserError
 from trainer.reporting import html, plots, thumbnails
 from trainer.storage import files
 
+if TYPE_CHECKING:  # imports TensorFlow
+    from trainer.training.label_review import LabelReview
+
 MAX_LINES = 5  # per problem on the terminal
 MAX_CLASSES = 30  # on the terminal
 MAX_GROUPS, MAX_GROUP_FILES = 24, 6  # of thumbnails on the page
+MAX_LABELS = 24  # with a thumbnail on the page
 
 
 class Problem(NamedTuple):
@@ -42,6 +52,12 @@ def define_flags() -> None:
     flags.DEFINE_string("output_dir", "inspection", "Folder for inspect.json, inspect.html and sizes.png.")
     flags.DEFINE_string("fix", "", "File for the paths to remove, one per line: bad files, all copies but the first, "
                         "and all files whose content has two labels.")  # fmt: skip
+    flags.DEFINE_string(
+        "weights", "", "Weights of a ResNet50, to list labels that are likely wrong: imagenet, or a path."
+    )
+    flags.DEFINE_integer(
+        "image_size", config.DEFAULTS["image_size"], "Side in pixels of the images for --weights.", lower_bound=32
+    )
     flags.DEFINE_boolean("strict", False, "Exit with code 1 if there is a problem.")
 
 
@@ -50,16 +66,21 @@ def main(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: pass --data_dir={arguments[0]} if it is the folder.")
     cli.require("data_dir")
-    data_dir, output_dir, fix = cli.flag_values(("data_dir", "output_dir", "fix")).values()
+    data_dir, output_dir, fix, weights, image_size = cli.flag_values(
+        ("data_dir", "output_dir", "fix", "weights", "image_size")
+    ).values()
+    if weights == "none" or (weights not in ("", "imagenet") and not files.exists(weights)):
+        raise UserError(f"--weights={weights} is not a file: pass imagenet, or the path of the weights of a ResNet50.")
     started = time.monotonic()
     with tfds.as_folder(data_dir) as directory:
         result = inspection.inspect(directory, progress=sys.stderr.isatty())
         seconds = time.monotonic() - started
         problems = find_problems(result)
-        _write(result, problems, directory, output_dir)
+        review = _review_labels(result, directory, weights, image_size) if weights else None
+        _write(result, problems, review, directory, output_dir)
     if fix:
         _write_fix(result, data_dir, fix)
-    print("\n".join(_lines(result, problems, data_dir)))
+    print("\n".join(_lines(result, problems, data_dir) + _label_lines(result, review, weights)))
     num_files = len(result.inspected)
     logging.info("%d files in %.1f s, %.0f per second.", num_files, seconds, num_files / seconds)
     print(f"page: {files.join(output_dir, 'inspect.html')}")
@@ -129,13 +150,71 @@ def _lines(result: Inspection, problems: list[Problem], data_dir: str) -> list[s
     return lines if problems else [*lines, "No problems found."]
 
 
+def _review_labels(result: Inspection, data_dir: str, weights: str, image_size: int) -> "LabelReview | None":
+    """What heads that have not seen an image say of its label, as a job with these weights finds it; None if they cannot."""
+    from trainer.training import folder_features, label_review
+
+    ids = {name: index for index, name in enumerate(result.class_names)}
+    examples = Examples(
+        np.array([file.path for file in result.good], object),
+        np.array([ids[file.class_name] for file in result.good], np.int32),
+        np.array([file.content_hash for file in result.good], object),
+    )
+    if not len(examples):
+        return None
+    settings = Config(data_dir=data_dir, weights=weights, image_size=image_size)
+    values, is_readable = folder_features.compute(data_dir, examples, result.class_names, settings)
+    return label_review.of_features(
+        examples.take(is_readable), values[is_readable], num_classes=len(ids), is_balanced=False, seed=settings.seed
+    )
+
+
+def _label_rows(result: Inspection, review: "LabelReview") -> list[dict[str, Any]]:
+    """The rows of label_issues.csv."""
+    examples, probabilities = review.listed()
+    rows = zip(examples.paths, examples.labels, probabilities, strict=True)
+    return [
+        {
+            "path": path,
+            "label": result.class_names[label],
+            "suggested_label": result.class_names[of_image.argmax()],
+            "probability": round(float(of_image[label]), 6),
+        }
+        for path, label, of_image in rows
+    ]
+
+
+def _label_lines(result: Inspection, review: "LabelReview | None", weights: str) -> list[str]:
+    if review is None:
+        reason = "there are too many images, or too few" if weights else "--weights=imagenet does that"
+        return [f"Labels were not examined: {reason}."]
+    lines = [
+        f"labels to check: for {len(review.issues)} of {len(review.examples)} images another class is more probable than the "
+        "label (an image that is not listed may still have a wrong one)"
+    ]
+    rows = _label_rows(result, review)
+    shown = [f"  {row['path']!r}: {row['label']!r} or rather {row['suggested_label']!r}" for row in rows]
+    return lines + _shortened(shown, MAX_LINES, "more in label_issues.csv")
+
+
 def _shortened(lines: list[str], length: int, what: str) -> list[str]:
     return lines if len(lines) <= length else [*lines[:length], f"  and {len(lines) - length} {what}"]
 
 
-def _write(result: Inspection, problems: list[Problem], data_dir: str, output_dir: str) -> None:
+def _write(
+    result: Inspection, problems: list[Problem], review: "LabelReview | None", data_dir: str, output_dir: str
+) -> None:
     files.make_directory(output_dir)
     summary = inspection.summary(result)
+    doubtful = []
+    if review:
+        JobDir(output_dir).write_label_issues(*review.listed(), result.class_names)
+        rows = _label_rows(result, review)
+        summary |= {"labels_examined": len(review.examples), "label_issues": rows}
+        shown = [InspectedFile(row["path"], f"{row['label']} or rather {row['suggested_label']}?", "") for row in rows][
+            :MAX_LABELS
+        ]
+        doubtful = thumbnails.of_groups(data_dir, [shown], num_groups=1, num_files=MAX_LABELS)[0]
     files.write_json(files.join(output_dir, "inspect.json"), summary)
     histogram = ""
     if result.good:
@@ -162,6 +241,7 @@ def _write(result: Inspection, problems: list[Problem], data_dir: str, output_di
         summary=summary,
         histogram=histogram,
         sections=[(title, len(groups), with_thumbnails(groups)) for title, groups in sections if groups],
+        doubtful=doubtful,
         largest=max([1, *result.class_counts.values()]),
     )
     files.atomic_write(files.join(output_dir, "inspect.html"), text)

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import corpus
+from tests.support import corpus, paths
 from tests.support.images import write_images
 from tests.support.processes import run_command
 from trainer.data import inspection
@@ -104,3 +106,43 @@ def test_strict_exits_with_0_without_problems(tmp_path):
     process = run_command("trainer.inspect_data", f"--data_dir={data}", f"--output_dir={tmp_path / 'o'}", "--strict")
     assert process.returncode == 0, process.stdout
     assert "No problems found." in process.stdout
+    assert "Labels were not examined: --weights=imagenet does that." in process.stdout
+    assert "Labels were not examined" in (tmp_path / "o" / "inspect.html").read_text()
+
+
+def test_weights_that_do_not_exist_are_reported_before_the_inspection(tmp_path):
+    process = run_command("trainer.inspect_data", f"--data_dir={tmp_path}", "--weights=missing.h5")
+    assert process.returncode == 2
+    assert "--weights=missing.h5 is not a file: pass imagenet, or the path" in process.stderr
+
+
+@pytest.mark.slow
+def test_swapped_labels_of_real_images_come_first(shared, tmp_path):
+    names = ["n01440764", "n02102040", "n02979186"]
+    files = [path for name in names for path in sorted((shared / "data" / "ten_objects" / name).iterdir())[:40]]
+    rng = np.random.default_rng(0)
+    swapped = rng.choice(len(files), 6, replace=False)  # 5 %
+    for index, path in enumerate(files):
+        label = names.index(path.parent.name) + (rng.integers(1, 3) if index in swapped else 0)
+        (tmp_path / "data" / names[label % 3]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "data" / names[label % 3] / f"{index}.jpg")
+    output = tmp_path / "output"
+    flags = [
+        f"--data_dir={tmp_path / 'data'}",
+        f"--output_dir={output}",
+        f"--weights={paths.WEIGHTS}",
+        "--image_size=160",
+    ]
+    process = run_command("trainer.inspect_data", *flags, "--strict")
+    assert process.returncode == 0, process.stdout + process.stderr  # a doubtful label is no problem
+    result = json.loads((output / "inspect.json").read_text())
+    assert result["labels_examined"] == 120
+    found = {int(Path(row["path"]).stem) for row in result["label_issues"][:6]}
+    assert len(found & set(swapped.tolist())) >= 0.9 * 6
+    assert f"labels to check: for {len(result['label_issues'])} of 120 images" in process.stdout
+    rows = (output / "label_issues.csv").read_text().splitlines()
+    assert rows[0] == "path,label,suggested_label,probability"
+    assert [row.split(",")[0] for row in rows[1:]] == [row["path"] for row in result["label_issues"]]
+    page = (output / "inspect.html").read_text()
+    assert "Labels to check" in page
+    assert page.count('src="data:image/jpeg') >= 6

@@ -106,6 +106,11 @@ def head_stage(
     )
 
 
+def compute_features(inputs: StageInputs) -> ModelOutputs:
+    """Features float32 [N, F] of all images by the frozen backbone, in the order of images.paths."""
+    return _feature_function(inputs, [])(0, len(inputs.images.paths), lambda outputs: None)
+
+
 def read_features(inputs: StageInputs, *, feature_dir: str, feature_source: tuple) -> ModelOutputs | None:
     """The features that the head was trained on, in the order of images.paths; None if they are no longer there."""
     return feature_cache.load(feature_dir, _feature_name(inputs, feature_source), len(inputs.images.paths))
