@@ -101,6 +101,7 @@ def test_a_fitted_head_is_that_of_one_process_on_both_workers(images, tmp_path):
     assert len(epochs[0]) == 3
     assert epochs[0] == epochs[1]
     assert ["Head: logistic regression" in output for output in outputs] == [True, False]  # the chief fits it for both
+    assert ["Labels: for" in output for output in outputs] == [True, False]  # and judges the labels alone
     resumable_job.run(images, tmp_path / "one", *flags)
     one, two = (read_rows(JobDir(str(tmp_path / name)).history) for name in ("one", "two"))
     for name in ("loss", "val_loss"):
