@@ -29,6 +29,7 @@ setup(
         "prometheus-client>=0.21",
         "psutil>=5.9",
         "scikit-learn>=1.8",
+        "scipy>=1.14",
         "starlette>=1.0",
         "tensorboard>=2.20",
         "tensorflow-datasets>=4.9.6",

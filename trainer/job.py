@@ -38,7 +38,7 @@ from trainer.runtime.worker_watch import WorkerWatch
 from trainer.serving import exporter
 from trainer.serving.exporter import FinishedRun
 from trainer.storage import files, lock
-from trainer.training import failures, job_stages, label_review
+from trainer.training import calibration, failures, job_stages, label_review
 from trainer.training.cost import Cost
 from trainer.training.interruption import StopReason, TrainingInterrupted
 from trainer.training.progress import ProgressReporter
@@ -461,9 +461,14 @@ def _finish(
     features = job_stages.read_features(job.settings, inputs, feature_dir=job.feature_dir)
     reviewed = label_review.review(job.settings, inputs, features, trainer.best)
     job.paths.write_label_issues(*reviewed.listed(), job.class_names)
-    best = exporter.rebuild_best(finished)
+    examples = job.prepared.split.validation.take(trainer.best.is_readable)
+    probabilities = trainer.best.probabilities[trainer.best.is_readable]
+    calibrated = calibration.calibrate(probabilities, examples.labels)
+    best = exporter.rebuild_best(finished, calibrated.temperature)
     differences = exporter.export_all(finished, best, trainer.best.is_readable)
-    values = {**_metrics(job, trainer), **reviewed.metrics(), "export_differences": differences}
+    values = {**_metrics(job, trainer), **reviewed.metrics(), "export_differences": differences, "calibration": calibrated.as_json()}
+    probabilities = calibration.apply(probabilities, calibrated.temperature)
+    job.paths.write_predictions(examples, probabilities, job.class_names)
     if is_stopped_by_cost:
         values["stopped_by_cost"] = True
     heatmaps = gradcam.of_files(

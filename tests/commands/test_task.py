@@ -181,6 +181,7 @@ print(json.dumps({
 @pytest.mark.slow
 def test_saved_model_rebuilt_network_and_predictions_csv_agree(finished, images, tmp_path):
     job_dir, _ = finished
+    assert json.loads((job_dir / "metrics.json").read_text())["calibration"]["temperature"] != 1
     predictions = rows_of(job_dir / "predictions.csv")
     paths = [images / row["path"] for row in predictions]
     alone = subprocess.run(

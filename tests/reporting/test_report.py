@@ -325,3 +325,15 @@ def test_a_run_that_does_not_augment_shows_none(tmp_path, changed):
     report.write(str(job_dir), only_page=True)
     assert not (job_dir / "report" / "augmentation.png").exists()
     assert 'id="augmentation"' not in (job_dir / "report" / "index.html").read_text("utf-8")
+
+
+def test_the_report_has_the_temperature_and_the_errors_without_and_with_it(tmp_path):
+    job_dir = make_job_dir(tmp_path)
+    metrics = json.loads((job_dir / "metrics.json").read_text())
+    metrics["calibration"] = {"temperature": 1.234, "ece_before": 0.08, "ece_after": 0.02, "low": 0.01, "high": 0.05}
+    (job_dir / "metrics.json").write_text(json.dumps(metrics))
+    report.write(str(job_dir))
+    text = Page(job_dir).text
+    assert "2.00 % (95 % interval 1.0 % to 5.0 %)" in text
+    assert "a temperature of 1.23, which makes the model less confident" in text
+    assert "Without it the error is 8.00 %" in text

@@ -225,6 +225,14 @@ class JobDir:
             raise UserError(f"{self.metrics} has no number 'val_accuracy', as that of a run has: restore the file.")
         return value
 
+    def read_temperature(self) -> float:
+        """What the logits of a finished run are divided by; 1 while it runs. Raises UserError if it is not a number above 0."""
+        calibration = (self.read_metrics() or {}).get("calibration", {})
+        value = calibration.get("temperature", 1.0) if isinstance(calibration, dict) else None
+        if not isinstance(value, float | int) or not 0 < value < float("inf"):
+            raise UserError(f"{self.metrics} has no temperature above 0 in 'calibration': restore the file.")
+        return float(value)
+
     def write_metrics(self, value: dict[str, Any]) -> None:
         """Writes metrics.json."""
         files.write_json(self.metrics, value)

@@ -85,10 +85,12 @@ def rebuild(
     image_size: int,
     backbone: str,
     head: str,
+    temperature: float = 1.0,
     build_network: Callable[..., Network] = build,
 ) -> Network:
     """Rebuilds the float32 network of a run from its best weights, for export, prediction and evaluation.
 
+    Its logits are divided by `temperature` (see training.calibration): the head has the weights of the file, divided.
     `build_network` is `build` or a function with the same arguments. Raises UserError if the weights do not fit.
     """
     network = build_network(
@@ -101,6 +103,8 @@ def rebuild(
         seed=0,
     )
     load_weights(network.model, weights_path)
+    for variable in network.head.variables:
+        variable.assign(variable / temperature)
     return network
 
 

@@ -181,6 +181,7 @@ def _load_job_dir(directory: str) -> Classifier:
         image_size=network_input.image_size,
         backbone=recorded(settings, "backbone"),
         head=settings["head"],
+        temperature=paths.read_temperature(),
     )
 
     # Without AutoGraph: it evaluates the annotations among the module's globals, where tf is not imported.

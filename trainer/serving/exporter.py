@@ -52,14 +52,15 @@ class FinishedRun:
         return [converters.path(self.paths.exports, name) for name in self.converted_formats]
 
 
-def rebuild_best(run: FinishedRun) -> Network:
-    """A new float32 network with the best weights."""
+def rebuild_best(run: FinishedRun, temperature: float) -> Network:
+    """A new float32 network with the best weights, its logits divided by `temperature`."""
     return networks.rebuild(
         run.paths.best_weights,
         num_classes=len(run.class_names),
         image_size=run.network_input.image_size,
         backbone=run.backbone,
         head=run.head,
+        temperature=temperature,
         build_network=run.build_network,
     )
 
@@ -87,7 +88,7 @@ def export_missing(run: FinishedRun, metrics: dict) -> dict:
     if not formats:
         return metrics
     is_readable = best_weights.read(run.paths.best_weights).is_readable
-    reference = _parity_reference(run, rebuild_best(run), is_readable)
+    reference = _parity_reference(run, rebuild_best(run, run.paths.read_temperature()), is_readable)
     differences = {**metrics.get("export_differences", {}), **_convert(run, reference, formats)}
     metrics = {**metrics, "export_differences": differences}
     run.paths.write_metrics(metrics)
