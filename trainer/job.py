@@ -38,7 +38,7 @@ from trainer.runtime.worker_watch import WorkerWatch
 from trainer.serving import exporter
 from trainer.serving.exporter import FinishedRun
 from trainer.storage import files, lock
-from trainer.training import calibration, failures, job_stages, label_review
+from trainer.training import calibration, failures, job_stages, label_review, training_images
 from trainer.training.cost import Cost
 from trainer.training.interruption import StopReason, TrainingInterrupted
 from trainer.training.progress import ProgressReporter
@@ -465,8 +465,17 @@ def _finish(
     probabilities = trainer.best.probabilities[trainer.best.is_readable]
     calibrated = calibration.calibrate(probabilities, examples.labels)
     best = exporter.rebuild_best(finished, calibrated.temperature)
-    differences = exporter.export_all(finished, best, trainer.best.is_readable)
-    values = {**_metrics(job, trainer), **reviewed.metrics(), "export_differences": differences, "calibration": calibrated.as_json()}
+    is_frozen = trainer.state.history[trainer.best.epoch - 1]["stage"] == HEAD  # else the features are of other weights
+    known = training_images.fit_novelty(best, inputs, features if is_frozen else None, data_dir=job.settings.data_dir)
+    differences = exporter.export_all(finished, best, trainer.best.is_readable, known)
+    values = {
+        **_metrics(job, trainer),
+        **reviewed.metrics(),
+        "export_differences": differences,
+        "calibration": calibrated.as_json(),
+    }
+    if known:
+        values["novelty"] = {"threshold": known.threshold, "refused_validation": known.refused_validation}
     probabilities = calibration.apply(probabilities, calibrated.temperature)
     job.paths.write_predictions(examples, probabilities, job.class_names)
     if is_stopped_by_cost:

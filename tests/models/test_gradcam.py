@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.support import corpus
 from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
-from trainer.models import gradcam, networks
+from trainer.models import gradcam, networks, novelty
 from trainer.reporting import thumbnails
 
 SIZE, CELLS = 32, 8  # height and width of an image in pixels, and of the convolution's output
@@ -45,7 +45,8 @@ def test_only_regions_of_the_predicted_class_are_hot(head, precision):
     network = make_network(head, precision)
     # Two red patches and one blue: red is predicted, and the red patches are the reason.
     pixels = make_pixels({(0, 1): RED, (5, 6): RED, (2, 4): BLUE})
-    probabilities, heat = gradcam.explain(network, pixels)
+    probabilities, heat, features = gradcam.explain(network, pixels)
+    np.testing.assert_allclose(features, novelty.pool(network, network.backbone(pixels)), rtol=2e-2)
     assert probabilities.dtype == heat.dtype == tf.float32
     np.testing.assert_allclose(probabilities, network.model(pixels), atol=1e-3)
     assert heat.shape == (1, CELLS, CELLS)

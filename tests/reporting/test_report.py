@@ -337,3 +337,13 @@ def test_the_report_has_the_temperature_and_the_errors_without_and_with_it(tmp_p
     assert "2.00 % (95 % interval 1.0 % to 5.0 %)" in text
     assert "a temperature of 1.23, which makes the model less confident" in text
     assert "Without it the error is 8.00 %" in text
+
+
+def test_the_report_says_how_many_images_are_refused(tmp_path):
+    job_dir = make_job_dir(tmp_path)
+    metrics = json.loads((job_dir / "metrics.json").read_text())
+    metrics["novelty"] = {"threshold": 0.31234, "refused_validation": 0.048}
+    (job_dir / "metrics.json").write_text(json.dumps(metrics))
+    report.write(str(job_dir))
+    text = Page(job_dir).text
+    assert "novel above a novelty of 0.312, which holds for 4.8 % of the validation images" in text

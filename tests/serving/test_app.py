@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.tiny_model import make_image
 from trainer.serving.app import Access, Limits, ServingApp
-from trainer.serving.classifier import Classifier
+from trainer.serving.classifier import Classifier, Outputs
 
 LIMITS = Limits(
     max_request_bytes=2**20,
@@ -68,12 +68,12 @@ class SlowClassifier:
         self.is_called, self.may_return = threading.Event(), threading.Event()
 
     def classifier(self) -> Classifier:
-        return Classifier(("cat", "dog"), self._probabilities)
+        return Classifier(("cat", "dog"), self._predict)
 
-    def _probabilities(self, contents: list[bytes]) -> np.ndarray:
+    def _predict(self, contents: list[bytes]) -> Outputs:
         self.is_called.set()
         assert self.may_return.wait(60)
-        return np.tile(np.array([[0.25, 0.75]], np.float32), [len(contents), 1])
+        return Outputs(np.tile(np.array([[0.25, 0.75]], np.float32), [len(contents), 1]))
 
 
 def make_app(access: Access = Access()) -> ServingApp:  # noqa: B008 (it is frozen)

@@ -62,13 +62,13 @@ def test_predictions_in_a_bucket_resume(classifier, bucket_url):
         batch_sizes.append(len(contents))
         if len(batch_sizes) == 3:
             raise KeyboardInterrupt
-        return classifier.probabilities(contents)
+        return classifier.predict(contents)
 
     output = f"{bucket_url}/labels.jsonl"
 
     def write() -> batch.Tally:
         return batch.write_predictions(
-            dataclasses.replace(classifier, probabilities=interrupted),
+            dataclasses.replace(classifier, predict=interrupted),
             [f"{bucket_url}/pictures"],
             output,
             fingerprint="m",
@@ -100,10 +100,32 @@ def test_json_lines_hold_label_and_probabilities_or_the_error():
 
 def test_csv_lines_hold_label_and_probabilities_or_the_error():
     assert list(batch._csv_lines(PREDICTIONS, ("cat", "dog"))) == [
-        "path,label,probability,probability of cat,probability of dog,error",
-        "a.jpg,dog,0.75,0.25,0.75,",
-        "b.jpg,,,,,gone",
+        "path,label,probability,probability of cat,probability of dog,error,novelty,is_novel",
+        "a.jpg,dog,0.75,0.25,0.75,,,",
+        "b.jpg,,,,,gone,,",
     ]
+
+
+def test_novelty_is_in_each_kind_of_output(classifier, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(make_image(0))
+    (tmp_path / "b.jpg").write_bytes(make_image(3))  # gray
+    outputs = {}
+    for name in ("x.csv", "x.jsonl"):
+        batch.write_predictions(
+            classifier, [str(tmp_path)], str(tmp_path.parent / name), fingerprint="f", total=2, batch_size=2
+        )
+        outputs[name] = (tmp_path.parent / name).read_text().splitlines()
+    rows = list(csv.DictReader(outputs["x.csv"]))
+    lines = [json.loads(line) for line in outputs["x.jsonl"]]
+    assert [row["is_novel"] for row in rows] == ["false", "true"]
+    assert [line["is_novel"] for line in lines] == [False, True]
+    for row, line in zip(rows, lines, strict=True):
+        assert float(row["novelty"]) == pytest.approx(line["novelty"], rel=1e-4)
+        assert line["novelty"] >= 0
+        assert row["label"] == line["label"]
+    predictions = list(batch.predict(classifier, [line["path"] for line in lines]))
+    _, known, novel = batch.format_table(predictions, CLASS_NAMES)
+    assert ("unlike" in known, "unlike" in novel) == (False, True)
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\n", "\uff1d"])
@@ -113,7 +135,7 @@ def test_no_cell_of_the_csv_is_a_formula(start):
     lines = batch._csv_lines([prediction, Prediction("b.jpg", None, name)], ("cat", name))
     _, good, bad = csv.reader(io.StringIO("\n".join(lines), newline=""))
     assert good[:3] == [f"'{name}", f"'{name}", "0.75"]
-    assert bad[-1] == f"'{name}"
+    assert bad[-3] == f"'{name}"
     (line,) = batch._json_lines([prediction], ("cat", name))
     assert (json.loads(line)["path"], json.loads(line)["label"]) == (name, name)
 

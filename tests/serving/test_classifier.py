@@ -63,16 +63,16 @@ def test_a_job_dir_and_a_saved_model_reject_an_image_with_the_same_words(classif
 
 
 def test_no_images_have_no_rows(classifier):
-    probabilities, heatmaps = classifier.explain([])
-    assert (probabilities.shape, heatmaps.shape) == ((0, 3), (0, 8, 8))
-    assert classifier.probabilities([]).shape == (0, 3)
+    shapes = [output.shape for output in classifier.explain([])]
+    assert shapes == [(0, 3), (0, 8, 8), (0,), (0,)]
+    assert classifier.predict([]).probabilities.shape == (0, 3)
     assert classify(classifier, []) == []
 
 
 def test_a_saved_model_returns_heat_maps_with_a_maximum_of_1(classifier):
-    probabilities, heatmaps = classifier.explain([make_image(1), make_image(2)])
-    assert probabilities.argmax(axis=1).tolist() == [1, 2]
-    assert heatmaps.max(axis=(1, 2)).tolist() == [1, 1]
+    outputs = classifier.explain([make_image(1), make_image(2)])
+    assert outputs.probabilities.argmax(axis=1).tolist() == [1, 2]
+    assert outputs.heatmaps.max(axis=(1, 2)).tolist() == [1, 1]
 
 
 def test_a_job_dir_without_labels_or_weights_is_a_user_error(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.tiny_model import make_image
-from trainer.serving.classifier import Classifier
+from trainer.serving.classifier import Classifier, Outputs
 from trainer.serving.model_queue import ModelQueue
 
 IMAGES = [make_image(0, seed=seed, height=20, width=20) for seed in range(20)]
@@ -21,19 +21,19 @@ class CountingClassifier:
         self._may_return = may_return
 
     def classifier(self) -> Classifier:
-        return Classifier(("cat", "dog"), self._probabilities, self._explain)
+        return Classifier(("cat", "dog"), self._predict, self._explain)
 
-    def _probabilities(self, contents: list[bytes]) -> np.ndarray:
+    def _predict(self, contents: list[bytes]) -> Outputs:
         self.calls.append(("plain", len(contents)))
         if self._may_return:
             assert self._may_return.wait(60)
         rows = [IMAGES.index(one) / 20 for one in contents]
-        return np.array([[value, 1 - value] for value in rows], np.float32)
+        return Outputs(np.array([[value, 1 - value] for value in rows], np.float32))
 
-    def _explain(self, contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        rows = self._probabilities(contents)
+    def _explain(self, contents: list[bytes]) -> Outputs:
+        outputs = self._predict(contents)
         self.calls[-1] = ("explain", len(contents))
-        return rows, np.zeros([len(contents), 2, 2], np.float32)
+        return outputs._replace(heatmaps=np.zeros([len(contents), 2, 2], np.float32))
 
 
 def run_queue(counting: CountingClassifier, use) -> ModelQueue:

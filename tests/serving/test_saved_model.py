@@ -40,6 +40,26 @@ def test_serving_default_equals_the_in_memory_model_for_any_batch_size(reference
     np.testing.assert_allclose(outputs["probability"], expected.max(axis=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("signature", ["serving_default", "serving_pixels", "explain"])
+def test_every_signature_has_the_novelty_of_the_features(reference, model, signature):
+    images = (
+        {"pixels": reference.images} if signature == "serving_pixels" else {"bytes": tf.constant(reference.encoded)}
+    )
+    outputs = model.signatures[signature](**images)
+    features = reference.network.backbone(preprocess(reference.images, "caffe"))
+    units = features / tf.norm(features, axis=1, keepdims=True)
+    expected = 1 - np.sort(units @ tf.transpose(units[:3]), axis=1)[:, 0]  # the third nearest of three
+    np.testing.assert_allclose(outputs["novelty"], np.maximum(expected, 0), atol=1e-3)
+    assert outputs["is_novel"].numpy().tolist() == [False] * 4  # of the images that gave the threshold
+
+
+def test_a_model_without_novelty_classifies(reference, tmp_path):
+    save(tmp_path / "m", dataclasses.replace(reference, novelty=None))
+    (prediction,) = classifier.classify(classifier.load(str(tmp_path / "m")), [("a", reference.encoded[0])])
+    assert (prediction.novelty, prediction.is_novel) == (None, None)
+    assert not prediction.error
+
+
 def test_the_model_contains_the_size_and_the_way_of_resizing(model):
     outputs = model.signatures["network_input"]()
     assert (outputs["image_size"].numpy(), outputs["resize"].numpy()) == (32, b"stretch")

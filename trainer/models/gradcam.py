@@ -22,6 +22,7 @@ class Explanation(NamedTuple):  # not a dataclass, which a tf.function cannot re
 
     probabilities: tf.Tensor  # float32 [B, C]
     heatmaps: tf.Tensor  # float32 [B, h, w] in 0..1
+    features: tf.Tensor  # float32 [B, k], the mean over the regions
 
 
 def heatmaps(network: Network, pixels: tf.Tensor) -> tf.Tensor:
@@ -30,7 +31,7 @@ def heatmaps(network: Network, pixels: tf.Tensor) -> tf.Tensor:
 
 
 def explain(network: Network, pixels: tf.Tensor) -> Explanation:
-    """Probabilities float32 [B, C] and heat maps float32 [B, h, w] in 0..1, from one forward pass.
+    """Probabilities float32 [B, C], heat maps float32 [B, h, w] in 0..1 and features, from one forward pass.
 
         explain(network, preprocess(images, preprocessing))  # images uint8 [B, S, S, 3]
 
@@ -59,7 +60,7 @@ def explain(network: Network, pixels: tf.Tensor) -> Explanation:
         top_logit = tf.reduce_max(logits, axis=1)
     heat = tf.nn.relu(tf.reduce_sum(tape.gradient(top_logit, activations) * activations, axis=3))
     heat = tf.math.divide_no_nan(heat, tf.reduce_max(heat, axis=[1, 2], keepdims=True))
-    return Explanation(tf.nn.softmax(logits), heat)
+    return Explanation(tf.nn.softmax(logits), heat, tf.reduce_mean(activations, axis=[1, 2]))
 
 
 def of_files(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from absl import logging
 from starlette.applications import Starlette
@@ -364,11 +365,13 @@ def _as_json(prediction: Prediction, class_names: tuple[str, ...]) -> dict:
     if prediction.probabilities is None:
         return {"error": prediction.error}
     index, probability = prediction.top
-    value = {
+    value: dict[str, Any] = {
         "label": class_names[index],
         "probability": probability,
         "probabilities": prediction.probabilities.tolist(),
     }
+    if prediction.novelty is not None:
+        value |= {"novelty": prediction.novelty, "is_novel": prediction.is_novel}
     if prediction.heatmap is not None:
         value["heatmap"] = [[round(float(heat), 3) for heat in row] for row in prediction.heatmap]
     return value

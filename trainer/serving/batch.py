@@ -116,7 +116,7 @@ def model_fingerprint(model_dir: str) -> str:
 
 
 def format_table(predictions: Iterable[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
-    """The lines of a table for the terminal: path, label and probability, or the error."""
+    """The lines of a table for the terminal: path, label and probability, or the error. Novel images have a remark."""
     width = max(20, min(60, shutil.get_terminal_size().columns - 40))
     label_width = max(5, *(len(name) for name in class_names))
     yield f"{'image':<{width}}  {'label':<{label_width}}  probability"
@@ -128,20 +128,25 @@ def format_table(predictions: Iterable[Prediction], class_names: tuple[str, ...]
             yield f"{name:<{width}}  {'—':<{label_width}}  {prediction.error}"
         else:
             index, probability = prediction.top
-            yield f"{name:<{width}}  {class_names[index]:<{label_width}}  {probability:11.2%}"
+            remark = "  unlike the training images" if prediction.is_novel else ""
+            yield f"{name:<{width}}  {class_names[index]:<{label_width}}  {probability:11.2%}{remark}"
 
 
 def _csv_lines(predictions: Iterable[Prediction], class_names: tuple[str, ...]) -> Iterator[str]:
-    yield _csv_line(["path", "label", "probability", *(f"probability of {name}" for name in class_names), "error"])
+    columns = [*(f"probability of {name}" for name in class_names), "error", "novelty", "is_novel"]
+    yield _csv_line(["path", "label", "probability", *columns])
     for prediction in predictions:
         path = listing.escape_name(prediction.path)
         if prediction.probabilities is None:
             empty = [""] * len(class_names)
-            yield _csv_line([path, "", "", *empty, prediction.error])
+            yield _csv_line([path, "", "", *empty, prediction.error, "", ""])
         else:
             index, probability = prediction.top
             values = [f"{value:.6g}" for value in prediction.probabilities]
-            yield _csv_line([path, class_names[index], f"{probability:.6g}", *values, ""])
+            novelty = ["", ""]
+            if prediction.novelty is not None:
+                novelty = [f"{prediction.novelty:.6g}", "true" if prediction.is_novel else "false"]
+            yield _csv_line([path, class_names[index], f"{probability:.6g}", *values, "", *novelty])
 
 
 # Programs for spreadsheets run a cell that begins so as a formula (OWASP, CSV Injection); the last four are the wide forms
@@ -170,6 +175,8 @@ def _json_lines(predictions: Iterable[Prediction], class_names: tuple[str, ...])
                 "probability": probability,
                 "probabilities": dict(zip(class_names, prediction.probabilities.tolist(), strict=True)),
             }
+            if prediction.novelty is not None:
+                line |= {"novelty": prediction.novelty, "is_novel": prediction.is_novel}
         yield json.dumps(line, ensure_ascii=False)
 
 
@@ -241,7 +248,7 @@ def _append(journal: str, predictions: Iterator[Prediction], upload: Callable[[]
 
 def _journal_line(prediction: Prediction) -> str:
     values = None if prediction.probabilities is None else prediction.probabilities.tolist()
-    return json.dumps([prediction.path, values, prediction.error]) + "\n"
+    return json.dumps([prediction.path, values, prediction.error, prediction.novelty, prediction.is_novel]) + "\n"
 
 
 def _read_journal(journal: str) -> Iterator[Prediction]:
@@ -252,5 +259,5 @@ def _read_journal(journal: str) -> Iterator[Prediction]:
         for line in file:
             if not line.endswith("\n"):
                 return
-            path, values, error = json.loads(line)
-            yield Prediction(path, None if error else np.array(values, np.float32), error)
+            path, values, error, *novelty = json.loads(line)  # no novelty in a journal of an earlier version
+            yield Prediction(path, None if error else np.array(values, np.float32), error, None, *novelty)

@@ -4,10 +4,10 @@ Imports TensorFlow only when a model is loaded. Shapes: B images, C classes, H x
 """
 
 import dataclasses
-import itertools
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,18 +21,27 @@ from trainer.errors import UserError
 from trainer.storage import files
 
 
+class Outputs(NamedTuple):
+    """What a model returns for B images. None: was not requested, or the model does not have it."""
+
+    probabilities: np.ndarray  # float32 [B, C]
+    heatmaps: np.ndarray | None = None  # float32 [B, H, W] in 0..1
+    novelty: np.ndarray | None = None  # float32 [B], see models.novelty
+    is_novel: np.ndarray | None = None  # bool [B]
+
+
 @dataclasses.dataclass(frozen=True)
 class Classifier:
     """Class names and functions of the contents of B image files, which raise if an image cannot be decoded.
 
-    `probabilities` returns float32 [B, C]. `explain` returns these and heat maps float32 [B, H, W]; it is None for a
-    model without heat maps. `resize` says which part of an image a heat map covers (see models.gradcam). Images become
+    `explain` also returns heat maps; it is None for a model without them. Only a SavedModel has novelty, and not one of an
+    earlier version. `resize` says which part of an image a heat map covers (see models.gradcam). Images become
     squares of `image_size` pixels; it is 0 for a model from before --resize, which does not contain it.
     """
 
     class_names: tuple[str, ...]
-    probabilities: Callable[[list[bytes]], np.ndarray]
-    explain: Callable[[list[bytes]], tuple[np.ndarray, np.ndarray]] | None = None
+    predict: Callable[[list[bytes]], Outputs]
+    explain: Callable[[list[bytes]], Outputs] | None = None
     resize: str = DEFAULTS["resize"]
     image_size: int = 0
 
@@ -45,6 +54,8 @@ class Prediction:
     probabilities: np.ndarray | None  # float32 [C]
     error: str = ""
     heatmap: np.ndarray | None = None  # float32 [H, W] in 0..1, if requested
+    novelty: float | None = None  # how unlike the training images it is; None if the model does not say
+    is_novel: bool | None = None  # whether it is likely to be of none of the classes
 
     @property
     def top(self) -> tuple[int, float]:
@@ -79,7 +90,7 @@ def classify(classifier: Classifier, images: list[tuple[str, bytes]], *, explain
     """
     reasons = [formats.rejection_reason(contents) for _, contents in images]
     accepted = [image for image, reason in zip(images, reasons, strict=True) if not reason]
-    model = classifier.explain if explain and classifier.explain else classifier.probabilities
+    model = classifier.explain if explain and classifier.explain else classifier.predict
     predictions = _classify_batch(model, accepted)
     return [
         Prediction(path, None, reason) if reason else next(predictions)
@@ -108,18 +119,16 @@ def _load_saved_model(model_dir: str) -> Classifier:
     names = model.signatures["class_names"]()["class_names"].numpy()
 
     # These functions keep a reference to the model; its signatures alone do not keep its variables alive.
-    def probabilities(contents: list[bytes]) -> np.ndarray:
-        return model.signatures["serving_default"](bytes=tf.constant(contents, tf.string))["probabilities"].numpy()
-
-    def explain(contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        outputs = model.signatures["explain"](bytes=tf.constant(contents, tf.string))
-        return outputs["probabilities"].numpy(), outputs["heatmap"].numpy()
+    def call(signature: str, contents: list[bytes]) -> Outputs:
+        outputs = model.signatures[signature](bytes=tf.constant(contents, tf.string))
+        values = [outputs[name].numpy() if name in outputs else None for name in ("heatmap", "novelty", "is_novel")]
+        return Outputs(outputs["probabilities"].numpy(), *values)
 
     image_size, resize = _network_input_of(model.signatures)
     return Classifier(
         class_names=tuple(name.decode() for name in names),
-        probabilities=probabilities,
-        explain=explain if "explain" in model.signatures else None,
+        predict=functools.partial(call, "serving_default"),
+        explain=functools.partial(call, "explain") if "explain" in model.signatures else None,
         resize=resize,
         image_size=image_size,
     )
@@ -189,18 +198,18 @@ def _load_job_dir(directory: str) -> Classifier:
     def explain_images(images: tf.Tensor) -> gradcam.Explanation:
         return gradcam.explain(network, preprocess(images, network_input.preprocessing))
 
-    def explain(contents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def explain(contents: list[bytes]) -> Outputs:
         images = [decode_image(tf.constant(one), network_input) for one in contents]
         explanation = explain_images(tf.stack(images))
-        return explanation.probabilities.numpy(), explanation.heatmaps.numpy()
+        return Outputs(explanation.probabilities.numpy(), explanation.heatmaps.numpy())
 
-    def probabilities(contents: list[bytes]) -> np.ndarray:
-        return explain(contents)[0]
+    def predict(contents: list[bytes]) -> Outputs:
+        return Outputs(explain(contents).probabilities)
 
-    return Classifier(class_names, probabilities, explain, network_input.resize, network_input.image_size)
+    return Classifier(class_names, predict, explain, network_input.resize, network_input.image_size)
 
 
-def _classify_batch(model: Callable, images: list[tuple[str, bytes]]) -> Iterator[Prediction]:
+def _classify_batch(model: Callable[[list[bytes]], Outputs], images: list[tuple[str, bytes]]) -> Iterator[Prediction]:
     """Calls the model for all images; if one fails the batch, for each half, so that a bad image costs few calls."""
     from trainer.data import decoders
 
@@ -216,6 +225,11 @@ def _classify_batch(model: Callable, images: list[tuple[str, bytes]]) -> Iterato
         yield from _classify_batch(model, images[:middle])
         yield from _classify_batch(model, images[middle:])
         return
-    rows, heatmaps = outputs if isinstance(outputs, tuple) else (outputs, itertools.repeat(None))
-    for (path, _), row, heatmap in zip(images, rows, heatmaps):  # noqa: B905 (repeat has no end)
-        yield Prediction(path, row, heatmap=heatmap)
+    for index, (path, _) in enumerate(images):
+        yield Prediction(
+            path,
+            outputs.probabilities[index],
+            heatmap=None if outputs.heatmaps is None else outputs.heatmaps[index],
+            novelty=None if outputs.novelty is None else float(outputs.novelty[index]),
+            is_novel=None if outputs.is_novel is None else bool(outputs.is_novel[index]),
+        )

@@ -8,6 +8,7 @@ import functools
 import platform
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -44,6 +45,7 @@ class Evaluation:
     examples: Examples  # N; labels are class indices of the model
     probabilities: np.ndarray  # float32 [N, C]
     bad_files: list[BadFile]
+    is_novel: np.ndarray | None  # bool [N]; None of a model without novelty
 
 
 def evaluate_and_report(model_dirs: list[str], labeled: LabeledFolder, report_dir: str) -> None:
@@ -90,7 +92,14 @@ def evaluate(model_dir: str, labeled: LabeledFolder) -> Evaluation:
     total = len(examples) + len(folder.bad_files)
     file_checks.check_bad_fraction(len(bad_files), total, bad_files[:1], labeled.max_bad_fraction)
     probabilities = np.stack([p.probabilities for p in predictions if p.probabilities is not None])
-    return Evaluation(classifier, examples.take(is_readable), probabilities, bad_files)
+    is_novel = [p.is_novel for p in predictions if p.probabilities is not None]
+    return Evaluation(
+        classifier,
+        examples.take(is_readable),
+        probabilities,
+        bad_files,
+        is_novel=None if None in is_novel else np.array(is_novel),
+    )
 
 
 def _evaluate_and_report_one(model_dir: str, labeled: LabeledFolder, report_dir: str) -> None:
@@ -109,6 +118,8 @@ def _evaluate_and_report_one(model_dir: str, labeled: LabeledFolder, report_dir:
         "bad_images": len(evaluation.bad_files),
         "seconds": round(time.monotonic() - started, 1),
     }
+    if evaluation.is_novel is not None:
+        metrics["novelty"] = _refused(evaluation, evaluation.is_novel)
     paths.write_metrics(metrics)
     shown_paths = run_record.read(report_dir).shown_paths
     paths.write_heatmaps(None, _heatmaps(evaluation.classifier, labeled.data_dir, shown_paths))
@@ -120,6 +131,17 @@ def _evaluate_and_report_one(model_dir: str, labeled: LabeledFolder, report_dir:
         len(evaluation.examples),
         files.join(report_dir, PAGE_NAME),
     )
+
+
+def _refused(evaluation: Evaluation, is_novel: np.ndarray) -> dict[str, Any]:
+    """How many images the model refuses as none of its classes, and its accuracy on the others; None without others."""
+    is_correct = evaluation.probabilities.argmax(axis=1) == evaluation.examples.labels
+    answered = is_correct[~is_novel]
+    return {
+        "refused": int(is_novel.sum()),
+        "share_refused": float(is_novel.mean()),
+        "accuracy_of_others": float(answered.mean()) if len(answered) else None,
+    }
 
 
 def _config(model_dir: str, labeled: LabeledFolder, report_dir: str, resize: str) -> dict:

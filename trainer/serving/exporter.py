@@ -18,6 +18,7 @@ from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 from trainer.errors import UserError
 from trainer.models import networks
 from trainer.models.networks import Network
+from trainer.models.novelty import Novelty
 from trainer.serving import converters, saved_model
 from trainer.serving.saved_model import ParityReference
 from trainer.storage import files
@@ -65,12 +66,13 @@ def rebuild_best(run: FinishedRun, temperature: float) -> Network:
     )
 
 
-def export_all(run: FinishedRun, best: Network, is_readable: np.ndarray) -> dict[str, float]:
+def export_all(run: FinishedRun, best: Network, is_readable: np.ndarray, known: Novelty | None) -> dict[str, float]:
     """Exports the best network in every format; returns the largest probability difference of each parity check.
 
-    `is_readable` is bool [V], false for validation images that could not be decoded. Raises saved_model.ParityError.
+    `is_readable` is bool [V], false for validation images that could not be decoded. Only the SavedModel contains the
+    novelty score `known`. Raises saved_model.ParityError.
     """
-    reference = _parity_reference(run, best, is_readable)
+    reference = dataclasses.replace(_parity_reference(run, best, is_readable), novelty=known)
     difference = saved_model.save(
         run.model_dir,
         reference,

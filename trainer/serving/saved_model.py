@@ -1,7 +1,8 @@
 """Best weights -> a SavedModel that takes encoded images, exported only after a parity check with the in-memory model.
 
 Signatures, each for any batch size:
-    serving_default   bytes string [B] -> label string [B], probability float32 [B], probabilities float32 [B, C]
+    serving_default   bytes string [B] -> label string [B], probability float32 [B], probabilities float32 [B, C],
+                      novelty float32 [B], is_novel bool [B] (see models.novelty)
     serving_pixels    pixels uint8 [B, h, w, 3], RGB -> the same outputs
     explain           bytes string [B] -> the same outputs and heatmap float32 [B, H, W] in 0..1 (see models.gradcam)
     class_names       -> class_names string [C], in the order of `probabilities`
@@ -22,8 +23,9 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.data.preprocessing import NetworkInput, decode_image, preprocess, resize
-from trainer.models import gradcam
+from trainer.models import gradcam, novelty
 from trainer.models.networks import Network
+from trainer.models.novelty import Novelty
 from trainer.storage import files
 
 # Between two float32 models: TF32 convolutions differ by less.
@@ -42,6 +44,7 @@ class ParityReference:
     encoded: list[bytes]  # contents of n image files
     images: tf.Tensor  # uint8 [n, S, S, 3], decoded as in training
     expected: np.ndarray  # float32 [n, C], from the network
+    novelty: Novelty | None = None  # of the network; without it, the outputs of that name are missing
 
 
 class ServingModule(tf.Module):
@@ -54,12 +57,15 @@ class ServingModule(tf.Module):
         class_names: tuple[str, ...],
         network_input: NetworkInput,
         with_webp: bool,
+        known: Novelty | None,
     ):
         super().__init__()
         self.weights = [variable.value for variable in network.model.variables]  # tracked, so that they are saved
         self._class_names = tf.constant(class_names)
         self._network_input = network_input
         self._with_webp = with_webp
+        self._bank = None if known is None else tf.Variable(known.bank, trainable=False)
+        self._threshold = 0.0 if known is None else known.threshold
 
         # One trace of the network for all signatures; TensorFlow prunes the heat map where it is not an output.
         @tf.function(input_signature=[tf.TensorSpec([None, *network.model.input_shape[1:]], tf.uint8)])
@@ -112,11 +118,15 @@ class ServingModule(tf.Module):
 
     def _outputs(self, explanation: gradcam.Explanation) -> dict[str, tf.Tensor]:
         probabilities = explanation.probabilities
-        return {
+        outputs = {
             "label": tf.gather(self._class_names, tf.argmax(probabilities, axis=1)),
             "probability": tf.reduce_max(probabilities, axis=1),
             "probabilities": probabilities,
         }
+        if self._bank is not None:
+            outputs["novelty"] = novelty.scores(explanation.features, self._bank)
+            outputs["is_novel"] = outputs["novelty"] > self._threshold
+        return outputs
 
 
 def save(
@@ -137,6 +147,7 @@ def save(
         class_names=class_names,
         network_input=network_input,
         with_webp=with_webp,
+        known=reference.novelty,
     )
     signatures = {
         "serving_default": module.classify,
