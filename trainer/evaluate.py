@@ -3,6 +3,8 @@
     python -m trainer.evaluate --model_dir=J/saved_model --data_dir=unseen --report_dir=R
     python -m trainer.evaluate --model_dir=J1/saved_model,J2/saved_model --data_dir=unseen --report_dir=R
         evaluates several models on the same images and tests whether they differ
+    python -m trainer.evaluate --model_dir=J/saved_model --data_dir=unseen --report_dir=R --min_precision=0.95
+        also finds the probability from which on 95 % of the predictions are correct
 
 Writes metrics.json, predictions.csv, bad_files.csv, labels.txt, config.json, index.html and its PNGs into R. For several
 models these are in R/model_1, R/model_2, ..., and R has comparison.json and a page that compares the models.
@@ -27,6 +29,14 @@ def define_flags() -> None:
         "max_bad_fraction",
         0.01,
         "Share of unreadable files above which the command fails.",
+        lower_bound=0,
+        upper_bound=1,
+    )
+    flags.DEFINE_float(
+        "min_precision",
+        0.0,
+        "Find the lowest probability from which on this share of the predictions is correct, for all images and for each "
+        "class; 0: do not.",
         lower_bound=0,
         upper_bound=1,
     )
@@ -57,6 +67,7 @@ def main(arguments: list[str]) -> None:
             folder=folder,
             batch_size=flags.FLAGS.batch_size,
             max_bad_fraction=max_bad_fraction,
+            min_precision=flags.FLAGS.min_precision,
         )
         evaluation.evaluate_and_report(model_dirs, labeled, flags.FLAGS.report_dir)
 

@@ -1,11 +1,13 @@
 """Metrics equal hand-computed and published values."""
 
+import dataclasses
 import json
 import statistics
 
 import numpy as np
 import pytest
 
+from trainer.artifacts import metrics
 from trainer.artifacts.metrics import (
     classification_metrics,
     estimate,
@@ -128,3 +130,21 @@ def test_top_class_is_the_argmax_and_its_probability():
     index, probability = top_class(np.array([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05]], np.float32))
     assert index.tolist() == [1, 0]
     assert probability == pytest.approx([0.5, 0.9])
+
+
+def test_the_threshold_is_the_lowest_with_the_precision():
+    probability, correct = [0.9, 0.8, 0.7, 0.7, 0.6, 0.4], [1, 1, 0, 1, 1, 0]
+    found = metrics.threshold_for_precision(probability, correct, 0.8)  # 4 of 5 from 0.6 on, 3 of 4 from 0.7 on
+    assert dataclasses.asdict(found) == pytest.approx(
+        {"threshold": 0.5, "precision": 0.8, "answered": 5, "share_answered": 5 / 6}
+    )
+    assert metrics.threshold_for_precision(probability, correct, 1.0).threshold == pytest.approx(0.75)
+    assert metrics.threshold_for_precision(probability, correct, 0.5).threshold == 0
+    assert metrics.threshold_for_precision([0.9, 0.8], [0, 1], 0.9) is None
+    assert metrics.threshold_for_precision([], [], 0.9) is None
+
+
+def test_the_curve_has_one_point_for_each_probability():
+    precision, recall = metrics.precision_recall_curve([0.5, 0.9, 0.5], [1, 1, 0], support=4)
+    assert precision.tolist() == [1, pytest.approx(2 / 3)]
+    assert recall.tolist() == [0.25, 0.5]

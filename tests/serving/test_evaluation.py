@@ -1,9 +1,11 @@
 """Evaluation of one model on a labeled folder: what metrics.json and the report say."""
 
+import dataclasses
 import json
 
 import pytest
 
+from tests.support.resumable_job import read_rows
 from tests.support.tiny_model import make_image
 from trainer.data.dataset import read_folder
 from trainer.serving import evaluation
@@ -31,3 +33,27 @@ def test_the_refused_images_are_counted(labeled, tiny_model_dir, tmp_path):
         "accuracy_of_others": pytest.approx(10 / 11),
     }
     assert "<b>1</b> (8.3 %)" in (tmp_path / "index.html").read_text().replace("\u00a0", " ").replace("&nbsp;", " ")
+
+
+def test_the_threshold_leaves_as_many_answers_as_have_the_precision(labeled, tiny_model_dir, tmp_path, caplog):
+    required = dataclasses.replace(labeled, min_precision=0.95)
+    with caplog.at_level("INFO", logger="absl"):
+        evaluation.evaluate_and_report([str(tiny_model_dir)], required, str(tmp_path))
+    found = json.loads((tmp_path / "metrics.json").read_text())["min_precision"]
+    rows = read_rows(str(tmp_path / "predictions.csv"))
+    for name, threshold in {None: found["all"], **found["per_class"]}.items():
+        predicted = [row for row in rows if name in (None, row["predicted"])]
+        if not predicted:
+            assert threshold is None
+            continue
+        correct = [
+            row["label"] == row["predicted"] for row in predicted if float(row["probability"]) >= threshold["threshold"]
+        ]
+        assert len(correct) == threshold["answered"]
+        assert threshold["share_answered"] == pytest.approx(len(correct) / len(predicted))
+        assert threshold["precision"] == pytest.approx(sum(correct) / len(correct))
+        assert threshold["precision"] >= 0.95
+    assert found["required"] == 0.95
+    page = (tmp_path / "index.html").read_text()
+    assert f"answer from a probability of <b>{found['all']['threshold']:.4f}</b> on" in page
+    assert f"Precision 0.95, all images: from a probability of {found['all']['threshold']:.4f} on" in caplog.text

@@ -138,6 +138,54 @@ def expected_calibration_error(probability: Any, correct: Any, bins: int = 15) -
 
 
 @dataclasses.dataclass(frozen=True)
+class Threshold:
+    """A probability from which on predictions are answers, and what the answers are worth."""
+
+    threshold: float  # of the probability of the predicted class; 0 if all images are answered
+    precision: float  # share of the answers that are correct
+    answered: int  # images
+    share_answered: float
+
+
+def threshold_for_precision(probability: Any, correct: Any, min_precision: float) -> Threshold | None:
+    """The lowest threshold at which the answers among N predictions have at least `min_precision`; None if there is none.
+
+    probability [N] is that of the predicted class, correct [N] whether it is the label. The threshold lies between two
+    probabilities, so that it may be rounded a little.
+    """
+    values, num_correct, count = _cumulative(probability, correct)
+    fitting = np.flatnonzero(num_correct >= min_precision * count)
+    if not len(fitting):
+        return None
+    last = fitting[-1]
+    is_all = last == len(values) - 1
+    return Threshold(
+        threshold=0.0 if is_all else float(values[last] + values[last + 1]) / 2,
+        precision=float(num_correct[last] / count[last]),
+        answered=int(count[last]),
+        share_answered=float(count[last] / count[-1]),
+    )
+
+
+def precision_recall_curve(probability: Any, correct: Any, support: int) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall, float64 [n] each, of the answers among N predictions at each threshold, the highest first.
+
+    `support` is the number of images that a perfect model would answer: for one class, the images of that class.
+    """
+    _, num_correct, count = _cumulative(probability, correct)
+    return num_correct / count, num_correct / support
+
+
+def _cumulative(probability: Any, correct: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct probabilities, highest first, and the correct predictions and all of at least each of them."""
+    probability, correct = np.asarray(probability, np.float64), np.asarray(correct, bool)
+    order = np.argsort(-probability, kind="stable")
+    values, num_correct = probability[order], correct[order].cumsum()
+    ends = np.flatnonzero(np.append(values[1:] != values[:-1], True)[: len(values)])
+    return values[ends], num_correct[ends], ends + 1
+
+
+@dataclasses.dataclass(frozen=True)
 class PairedComparison:
     """Two models on the same N images."""
 

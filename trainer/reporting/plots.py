@@ -3,6 +3,7 @@
 Shapes: C classes, S pixels to a side.
 """
 
+import collections
 import contextlib
 import io
 import itertools
@@ -14,11 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from trainer.artifacts.metrics import ClassificationMetrics, reliability_bins, wilson_interval
+from trainer.artifacts.metrics import (
+    ClassificationMetrics,
+    precision_recall_curve,
+    reliability_bins,
+    wilson_interval,
+)
 from trainer.formatting import percent, shorten
 
 MAX_ANNOTATED_CLASSES = 30  # with more classes, a cell is too small for its numbers
 _IMAGE_SIZE = 240  # pixels to a side of an image in the figure of mistakes
+_MAX_CURVE_POINTS = 200
 _MAX_CELLS = 250  # to a side of a confusion matrix
 
 PAPER = "#ffffff"
@@ -258,6 +265,46 @@ def reliability_diagram(probability: list[float], correct: list[bool], bins: int
     for axis in (upper.yaxis, lower.xaxis):
         axis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=""))
     return figure
+
+
+def precision_recall(class_names: Sequence[str], predictions: list[dict[str, Any]]) -> Any:
+    """Precision over recall as the threshold of the probability falls: all images, each class, and the worst in color.
+
+    `predictions` are rows of predictions.csv with `correct`. Of more than MAX_ANNOTATED_CLASSES classes, the worst are drawn:
+    those with the smallest area below the curve.
+    """
+    from matplotlib import ticker
+
+    by_class: dict[str, list[dict[str, Any]]] = {name: [] for name in class_names}
+    for row in predictions:
+        by_class[row["predicted"]].append(row)
+    support = collections.Counter(row["label"] for row in predictions)
+    curves = {name: _curve(rows, support[name]) for name, rows in by_class.items() if rows and support[name]}
+    worst_first = sorted(curves, key=lambda name: np.sum(np.diff(curves[name][1], prepend=0) * curves[name][0]))
+    figure = _figure(4.8, 3.4)
+    axes = figure.add_subplot()
+    for name in reversed(worst_first[1:MAX_ANNOTATED_CLASSES]):
+        axes.plot(curves[name][1], curves[name][0], color=MUTED, linewidth=0.7, alpha=0.6)
+    if worst_first:
+        precision, recall = curves[worst_first[0]]
+        axes.plot(recall, precision, color=VALIDATION, marker="o" if len(recall) < 20 else "", markersize=3,
+                  label=f"worst class: {shorten(worst_first[0], 24)}")  # fmt: skip
+    precision, recall = _curve(predictions, len(predictions))
+    axes.plot(recall, precision, color=TRAINING, linewidth=2, label="all images")
+    axes.set(xlabel="recall (%)", ylabel="precision (%)", xlim=(0, 1.01), ylim=(None, 1.01))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=""))
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0, handlelength=1.2, columnspacing=1)
+    return figure
+
+
+def _curve(rows: list[dict[str, Any]], support: int) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall at the thresholds of at most _MAX_CURVE_POINTS of the predictions."""
+    precision, recall = precision_recall_curve(
+        [row["probability"] for row in rows], [row["correct"] for row in rows], support
+    )
+    kept = np.unique(np.linspace(0, len(recall) - 1, min(len(recall), _MAX_CURVE_POINTS)).astype(int))
+    return precision[kept], recall[kept]
 
 
 def image_grid(images: list[tuple[str, np.ndarray]]) -> Any:

@@ -85,6 +85,7 @@ def _page(run: RunRecord, *, mistakes: list, pngs: dict[str, bytes]) -> str:
         figures["learning_rate"] = plots.curves(run.history, run.best_row, ["learning_rate"], "")
     if run.classification:
         figures["reliability"] = plots.reliability_diagram(run.top_probabilities, run.is_correct)
+        figures["precision_recall"] = plots.precision_recall(run.class_names, run.predictions)
         classes = zip(run.class_names, run.classification.per_class, strict=True)
         by_f1 = sorted(classes, key=lambda item: item[1]["f1"] if item[1]["support"] else 2.0)  # 2: at the end
     return html.render(

@@ -1,10 +1,9 @@
 """Best weights -> model.tflite and model.onnx, for runtimes other than TensorFlow, each exported after a parity check.
 
 Both take `pixels` float32 [B, S, S, 3], RGB of 0 to 255, for any B, and return `probabilities` float32 [B, C], without the
-novelty that the SavedModel has. The
-preprocessing is part of the model; the caller decodes an image and makes it a square as input.json says, which model.onnx
-also holds as the property `input`: {"image_size": S, "resize": "stretch", "pad" or "crop", "pad_color": [R, G, B]}. See
-`resize` in data/preprocessing.py.
+novelty that the SavedModel has. The preprocessing is part of the model; the caller decodes an image and makes it a square
+as input.json says, which model.onnx also holds as the property `input`: {"image_size": S, "resize": "stretch", "pad" or
+"crop", "pad_color": [R, G, B]}. See `resize` in data/preprocessing.py.
 
 Shapes: B images, n images of the parity check, S pixels to a side, C classes.
 """

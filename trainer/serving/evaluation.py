@@ -16,7 +16,7 @@ from absl import logging
 
 from trainer.artifacts import run_record
 from trainer.artifacts.job_dir import PAGE_NAME, JobDir, write_class_names
-from trainer.artifacts.metrics import validation_metrics
+from trainer.artifacts.metrics import Threshold, threshold_for_precision, top_class, validation_metrics
 from trainer.data import file_checks, shards
 from trainer.data.dataset import Examples, Folder
 from trainer.data.listing import BadFile
@@ -25,6 +25,8 @@ from trainer.reporting import comparison, report
 from trainer.serving import batch
 from trainer.serving.classifier import Classifier, classify, load
 from trainer.storage import files
+
+_MAX_LOGGED_CLASSES = 30
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class LabeledFolder:
     folder: Folder
     batch_size: int
     max_bad_fraction: float
+    min_precision: float = 0.0  # of the answers above the thresholds that are found; 0: none are
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,6 +123,8 @@ def _evaluate_and_report_one(model_dir: str, labeled: LabeledFolder, report_dir:
     }
     if evaluation.is_novel is not None:
         metrics["novelty"] = _refused(evaluation, evaluation.is_novel)
+    if labeled.min_precision:
+        metrics["min_precision"] = _thresholds(evaluation, labeled.min_precision)
     paths.write_metrics(metrics)
     shown_paths = run_record.read(report_dir).shown_paths
     paths.write_heatmaps(None, _heatmaps(evaluation.classifier, labeled.data_dir, shown_paths))
@@ -142,6 +147,35 @@ def _refused(evaluation: Evaluation, is_novel: np.ndarray) -> dict[str, Any]:
         "share_refused": float(is_novel.mean()),
         "accuracy_of_others": float(answered.mean()) if len(answered) else None,
     }
+
+
+def _thresholds(evaluation: Evaluation, min_precision: float) -> dict[str, Any]:
+    """The thresholds of all images and of those predicted as each class, which are also logged; None where there is none."""
+    predicted, probability = top_class(evaluation.probabilities)
+    is_correct = predicted == evaluation.examples.labels
+    names = evaluation.classifier.class_names
+    chosen = {"all images": np.ones(len(predicted), bool)}
+    chosen |= {f"predicted as {name}": predicted == index for index, name in enumerate(names)}
+    found = [threshold_for_precision(probability[rows], is_correct[rows], min_precision) for rows in chosen.values()]
+    for text, threshold in list(zip(chosen, found, strict=True))[: 1 + _MAX_LOGGED_CLASSES]:
+        _log_threshold(text, threshold, min_precision)
+    as_json = [dataclasses.asdict(threshold) if threshold else None for threshold in found]
+    return {"required": min_precision, "all": as_json[0], "per_class": dict(zip(names, as_json[1:], strict=True))}
+
+
+def _log_threshold(text: str, threshold: Threshold | None, min_precision: float) -> None:
+    if threshold is None:
+        logging.info("Precision %.4g, %s: no threshold has it.", min_precision, text)
+    else:
+        logging.info(
+            "Precision %.4g, %s: from a probability of %.4f on, %d images (%.1f %%) are answered, %.1f %% of them correctly.",
+            min_precision,
+            text,
+            threshold.threshold,
+            threshold.answered,
+            100 * threshold.share_answered,
+            100 * threshold.precision,
+        )
 
 
 def _config(model_dir: str, labeled: LabeledFolder, report_dir: str, resize: str) -> dict:
