@@ -99,3 +99,19 @@ def test_label_issues_have_the_probability_of_the_label(paths):
     paths.write_label_issues(examples("a", "b"), probabilities, ("a", "b"))
     rows = [tuple(row[column] for column in LABEL_ISSUE_COLUMNS) for row in rows_of(paths.label_issues)]
     assert rows == [("a/1.jpg", "a", "b", "0.1"), ("b/1.jpg", "b", "a", "0.25")]
+
+
+@pytest.mark.parametrize(("calibration", "temperature"), [(None, 1.0), ({"temperature": 1.5}, 1.5)])
+def test_the_temperature_of_a_run_is_1_without_a_calibration(tmp_path, calibration, temperature):
+    paths = JobDir(str(tmp_path))
+    assert paths.read_temperature() == 1
+    paths.write_metrics({"val_accuracy": 0.5} | ({"calibration": calibration} if calibration else {}))
+    assert paths.read_temperature() == temperature
+
+
+@pytest.mark.parametrize("calibration", [3, {"temperature": 0}, {"temperature": "1"}, {"temperature": -1}])
+def test_a_temperature_that_is_none_is_a_user_error(tmp_path, calibration):
+    paths = JobDir(str(tmp_path))
+    paths.write_metrics({"val_accuracy": 0.5, "calibration": calibration})
+    with pytest.raises(UserError, match="no temperature above 0 in 'calibration'"):
+        paths.read_temperature()
