@@ -93,6 +93,8 @@ SPANISH_TRAINER = {
 }
 
 SPANISH_FLAGS = {
+    "test_split": "Parte de cada clase que se aparta para la prueba, por contenido, antes que nada. Ni el entrenamiento ni "
+    "ninguna elección la usa; el modelo exportado se evalúa con ella una vez, al final.",
     "image_size": "Alto y ancho en píxeles de la entrada de la red; 32 o más.",
     "resize": "Cómo se hace cuadrada una imagen. stretch: sin conservar la proporción; pad: toda la imagen, con márgenes; "
     "crop: su cuadrado central. Igual al entrenar, exportar y servir.",

@@ -51,6 +51,14 @@ class Config:
     validation_split: float = flag(
         0.2, "Fraction of each class that is held out for validation, chosen by content.", above=0, below=1
     )
+    test_split: float = flag(
+        0.0,
+        "Fraction of each class that is held out as a test set, by content, before all else. Neither training nor a choice "
+        "uses it; the exported model is evaluated on it once, at the end.",
+        at_least=0,
+        below=1,
+        in_readme=True,
+    )
     split_file: str = flag(
         "", "The split.csv of an earlier run: its split is used instead of --validation_split.", resumable=True
     )
@@ -352,6 +360,11 @@ class Config:
             raise UserError(
                 f"--weights=none with --head_epochs={self.head_epochs}: a head on features of random weights learns "
                 "little. Pass --head_epochs=0 --epochs=N to train the whole network, or pass --weights."
+            )
+        if self.test_split and self.split_file:
+            raise UserError(
+                f"--test_split={self.test_split:g} with --split_file={self.split_file}, which says by itself which images "
+                "are test images: leave out one of the two."
             )
         self._check_accumulation()
         if self.max_cost and not self.price_per_hour:

@@ -35,7 +35,7 @@ from trainer.runtime.cluster import Cluster
 from trainer.runtime.devices import Devices
 from trainer.runtime.signals import StopSignal
 from trainer.runtime.worker_watch import WorkerWatch
-from trainer.serving import exporter
+from trainer.serving import evaluation, exporter
 from trainer.serving.exporter import FinishedRun
 from trainer.storage import files, lock
 from trainer.training import calibration, failures, job_stages, label_review, training_images
@@ -189,6 +189,7 @@ def _finished_run(prepared: PreparedJob, paths: JobDir) -> FinishedRun:
         export_formats=settings.export_formats,
         class_names=prepared.folder.class_names,
         validation=prepared.split.validation,
+        test=prepared.split.test,
         network_input=prepared.network_input,
         backbone=settings.backbone,
         head=settings.head,
@@ -202,7 +203,7 @@ def _image_source(prepared: PreparedJob, paths: JobDir) -> ImageSource:
     settings, folder = prepared.settings, prepared.folder
     cache = input_pipeline.choose_cache(
         settings.cache,
-        num_bytes=len(folder.examples) * settings.image_size**2 * 3,
+        num_bytes=(len(prepared.split.training) + len(prepared.split.validation)) * settings.image_size**2 * 3,
         passes=settings.epochs + bool(settings.head_epochs),
         directory=settings.cache_dir or paths.checkpoints,
     )
@@ -468,6 +469,10 @@ def _finish(
     is_frozen = trainer.state.history[trainer.best.epoch - 1]["stage"] == HEAD  # else the features are of other weights
     known = training_images.fit_novelty(best, inputs, features if is_frozen else None, data_dir=job.settings.data_dir)
     differences = exporter.export_all(finished, best, trainer.best.is_readable, known)
+    test, unreadable = evaluation.evaluate_test_set(finished, batch_size=job.settings.batch_size)
+    if unreadable:
+        job.images.bad_files |= {bad.path: bad for bad in unreadable}
+        job.paths.write_bad_files(job.images.bad_files.values())
     values = {
         **_metrics(job, trainer),
         **reviewed.metrics(),
@@ -476,6 +481,8 @@ def _finish(
     }
     if known:
         values["novelty"] = {"threshold": known.threshold, "refused_validation": known.refused_validation}
+    if test:
+        values["test"] = test
     probabilities = calibration.apply(probabilities, calibrated.temperature)
     job.paths.write_predictions(examples, probabilities, job.class_names)
     if is_stopped_by_cost:
@@ -520,8 +527,10 @@ def _metrics(job: Job, trainer: Trainer) -> dict[str, Any]:
 
 def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
     example = files.join(finished.data_dir, finished.validation.paths[0])
+    test = "test accuracy {accuracy:.4f} ({low:.4f} to {high:.4f} with 95 % confidence, {images} images)"
     arguments = shlex.join([f"--model_dir={finished.model_dir}", example])
     lines = [
+        *([test.format(**values["test"])] if "test" in values else []),
         f"val_accuracy {values['val_accuracy']:.4f} (epoch {values['best_epoch']}), "
         f"{formatting.duration(values['seconds'])}",
         f"report: {finished.paths.report_page}",

@@ -20,6 +20,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from absl import flags, logging
 
@@ -94,8 +95,12 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
             read_parallelism=settings.read_parallelism,
         )
         check_layout(settings.data_dir, folder, accept_layout=settings.accept_layout)
-        split = splits.choose(folder, validation_split=settings.validation_split, split_file=settings.split_file)
-        origin = splits.describe(folder, validation_split=settings.validation_split, split_file=settings.split_file)
+        chosen_by: dict[str, Any] = {
+            "validation_split": settings.validation_split,
+            "test_split": settings.test_split,
+            "split_file": settings.split_file,
+        }
+        split, origin = splits.choose(folder, **chosen_by), splits.describe(folder, **chosen_by)
         profile_range = _checked_profile_range(settings, split)
         fingerprint = splits.fingerprint(split, folder.class_names)
         settings = _with_earlier_flags(settings, fingerprint, split, folder.class_names)

@@ -103,7 +103,7 @@ SIDE = {"cat": 3, "dog": 3}
         (["training_set", "test_set"], "training_set", "", ""),
         (["train", "val", "test", "chest_xray/train", "chest_xray/val"], "train", "val", "'chest_xray' is neither for"),
         (
-            ["seg_train/seg_train", "seg_test/seg_test", "seg_pred"],
+            ["seg_train/seg_train", "seg_test/seg_test", "seg_pred/all"],
             "seg_train/seg_train",
             "",
             "classes of 'seg_train' are in",
@@ -112,17 +112,20 @@ SIDE = {"cat": 3, "dog": 3}
 )
 def test_the_folders_of_a_split_are_recognized_and_named(tmp_path, caplog, sides, training, validation, note):
     for number, side in enumerate(sides):
-        write_images(tmp_path / side, SIDE, seed=number)
+        write_images(tmp_path / side, {"seg": 3} if side.startswith("seg_pred") else SIDE, seed=number)
     folder = read_folder(str(tmp_path))
     assert folder.class_names == ("cat", "dog")
     assert folder.split_folders[:2] == (training, validation)
-    assert len(folder.examples) == 6 * (2 if validation else 1)
+    tests = [name for name in ("test", "test_set", "seg_test/seg_test") if name in sides]
+    assert folder.split_folders.test == "".join(tests)
+    assert len(folder.examples) == 6 * (1 + bool(validation) + len(tests))
     assert note in caplog.text
     split = splits.choose(folder, validation_split=0.3, split_file="")
     assert len(split.validation) == (6 if validation else 2)
     origin = splits.describe(folder, validation_split=0.3, split_file="")
     assert f"{training}/" in origin
-    assert all(f"{name}/ is left out" in origin for name in sides if name in ("test", "seg_pred", "test_set"))
+    assert all(f"test images from {name}/" in origin for name in tests)
+    assert ("seg_pred/ is left out" in origin) == ("seg_pred/all" in sides)
     check_layout(str(tmp_path), folder, accept_layout=False)
 
 

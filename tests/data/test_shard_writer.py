@@ -48,6 +48,23 @@ def test_shards_equal_the_folder_that_was_packed(folder, tmp_path, bucket_url, w
         assert shards.read(output_dir, path) == expected
 
 
+def test_shards_keep_the_folders_of_the_split(tmp_path):
+    for seed, side in enumerate(("train", "val", "test")):
+        write_images(tmp_path / "data" / side, {"cat": 4, "dog": 3}, seed=seed)
+    write(str(tmp_path / "data"), str(tmp_path / "packed"))
+    packed, original = (
+        splits.choose(read_folder(str(tmp_path / name)), validation_split=0.2, split_file="")
+        for name in ("packed", "data")
+    )
+    assert [side.paths.tolist() for side in packed] == [side.paths.tolist() for side in original]
+    assert len(packed.test) == 7
+    manifest = files.read_json(str(tmp_path / "packed" / shards.MANIFEST))
+    manifest["sides"] = ["train", "val", ["test"]]  # of an earlier version
+    files.write_json(str(tmp_path / "packed" / shards.MANIFEST), manifest)
+    shards.open_pack.cache_clear()
+    assert read_folder(str(tmp_path / "packed")).split_folders == ("train", "val", ("test",), "")
+
+
 @pytest.mark.parametrize("contents", [None, b"another image"])
 def test_an_image_that_changed_while_it_was_packed_is_an_error(folder, tmp_path, contents):
     with pytest.raises(UserError, match=r"'(cat|dog)/.*' changed while it was packed: run trainer.pack again"):

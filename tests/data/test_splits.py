@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.images import write_images
 from trainer.data import splits
-from trainer.data.dataset import Examples, read_folder
+from trainer.data.dataset import Examples, Folder, read_folder
 from trainer.errors import UserError
 
 
@@ -87,7 +87,7 @@ def test_split_and_fingerprint_do_not_depend_on_the_location(tmp_path):
     folders = [read_folder(str(write_images(tmp_path / name, {"a": 20, "b": 10}))) for name in ("x", "y")]
     split = [splits.split_by_content(folder.examples, 0.2) for folder in folders]
     assert list(split[0].validation.paths) == list(split[1].validation.paths)
-    assert [len(side) for side in split[0]] == [24, 6]
+    assert [len(side) for side in split[0]] == [24, 6, 0]
     prints = [splits.fingerprint(*pair) for pair in zip(split, [f.class_names for f in folders], strict=True)]
     assert prints[0] == prints[1]
     (tmp_path / "y" / "a" / "a_000.jpg").unlink()
@@ -125,10 +125,18 @@ def split_file(data, tmp_path):
     return str(tmp_path / "split.csv")
 
 
-def choose(data, split_file="", validation_split=0.2):
+def choose(data, split_file="", validation_split=0.2, test_split=0.0):
     folder = read_folder(str(data))
-    split = splits.choose(folder, validation_split=validation_split, split_file=split_file)
-    return split, splits.describe(folder, validation_split=validation_split, split_file=split_file)
+    flags = {"validation_split": validation_split, "split_file": split_file, "test_split": test_split}
+    return splits.choose(folder, **flags), splits.describe(folder, **flags)
+
+
+def test_a_split_file_names_the_test_images(data, split_file, tmp_path):
+    rows = pathlib.Path(split_file).read_text().splitlines(keepends=True)
+    rows[1:3] = [row.replace(",training,", ",test,") for row in rows[1:3]]
+    (tmp_path / "with_test.csv").write_text("".join(rows))
+    split, _ = choose(data, str(tmp_path / "with_test.csv"))
+    assert [len(side) for side in split] == [10, 8, 2]
 
 
 def test_a_split_file_gives_the_split_it_was_written_from(data, split_file):
@@ -154,7 +162,10 @@ def test_differences_from_the_split_file_are_logged(data, split_file, caplog):
     ("text", "message"),
     [
         ("path,label\n", "begins with 'path,label', expected 'path,label,split,content_hash'"),
-        ("path,label,split,content_hash\ncat/cat_000.jpg,cat,test,x\n", "row 2: split is 'test', expected training or"),
+        (
+            "path,label,split,content_hash\ncat/cat_000.jpg,cat,tset,x\n",
+            "row 2: split is 'tset', expected training, vali",
+        ),
         ("path,label,split,content_hash\na,cat,training,x\na,cat,training,x\n", "row 3: 'a' is listed twice"),
         ("path,label,split,content_hash\ncat/cat_000.jpg,cat,training,x\n", "for validation"),
     ],
@@ -176,14 +187,85 @@ def test_folders_train_and_val_are_the_split(tmp_path, training, validation):
     write_images(tmp_path / validation, {"cat": 2, "dog": 1}, seed=2)
     write_images(tmp_path / "test", {"cat": 2, "dog": 1}, seed=3)
     split, origin = choose(tmp_path)
-    assert [len(side) for side in split] == [6, 3]
+    assert [len(side) for side in split] == [6, 3, 3]
     assert list(split.validation.paths) == [
         f"{validation}/cat/cat_000.jpg",
         f"{validation}/cat/cat_001.jpg",
         f"{validation}/dog/dog_000.jpg",
     ]
     assert split.validation.labels.tolist() == [0, 0, 1]
-    assert origin == f"from the folders {training}/ and {validation}/; test/ is left out (see trainer.evaluate)"
+    assert list(split.test.paths) == ["test/cat/cat_000.jpg", "test/cat/cat_001.jpg", "test/dog/dog_000.jpg"]
+    assert split.test.labels.tolist() == [0, 0, 1]
+    assert origin == f"from the folders {training}/ and {validation}/; test images from test/"
+
+
+def test_test_images_without_labels_are_left_out(tmp_path):
+    write_images(tmp_path / "train", {"cat": 10, "dog": 10})
+    write_images(tmp_path, {"test": 4})
+    write_images(tmp_path / "pred", {"unknown": 4})
+    split, origin = choose(tmp_path)
+    assert [len(side) for side in split] == [16, 4, 0]
+    left_out = "; ".join(f"{name}/ is left out (see trainer.evaluate)" for name in ("pred", "test"))
+    assert origin == f"from the folder train/, 0.2 of each class held out, by content; {left_out}"
+
+
+def test_a_test_folder_with_another_class_is_refused(tmp_path):
+    write_images(tmp_path / "train", {"cat": 3, "dog": 3})
+    write_images(tmp_path / "test", {"cat": 2, "bird": 1})
+    with pytest.raises(UserError, match="test has the class 'bird', train does not"):
+        choose(tmp_path)
+
+
+def test_a_test_folder_and_a_test_split_exclude_each_other(tmp_path):
+    write_images(tmp_path / "train", {"cat": 3, "dog": 3})
+    write_images(tmp_path / "test", {"cat": 2, "dog": 2})
+    with pytest.raises(UserError, match=r"--test_split=0.1, but test/ holds the test images"):
+        choose(tmp_path, test_split=0.1)
+
+
+def test_images_that_are_also_in_the_test_set_are_logged(tmp_path, caplog):
+    write_images(tmp_path / "train", {"cat": 5, "dog": 5}, seed=1)
+    write_images(tmp_path / "test", {"cat": 2, "dog": 2}, seed=2)
+    shutil.copy(tmp_path / "train" / "cat" / "cat_001.jpg", tmp_path / "test" / "cat" / "again.jpg")
+    with caplog.at_level(python_logging.WARNING, "absl"):
+        choose(tmp_path)
+    assert (
+        "1 test images have the content of a training or validation image (the first: 'test/cat/again.jpg')"
+        in caplog.text
+    )
+
+
+@settings(deadline=None)
+@given(classes, st.floats(0.05, 0.5), st.integers(0, 10**6))
+def test_the_rest_of_a_test_split_is_split_as_if_it_were_all(groups, fraction, seed):
+    everything = make_examples(groups, seed)
+    folder = Folder(tuple("abcd"[: len(groups)]), everything, ())
+    flags = {"validation_split": 0.2, "split_file": "", "test_split": fraction}
+    if max(map(len, groups)) < 3:
+        with pytest.raises(UserError, match="no class has three different images"):
+            splits.choose(folder, **flags)
+        return
+    split = splits.choose(folder, **flags)
+    sides = [set(side.paths) for side in split]
+    assert sum(map(len, split)) == len(everything) == len(set.union(*sides))
+    rest = everything.take(~np.isin(everything.paths, split.test.paths))
+    for label, sizes in enumerate(groups):
+        held, kept = ({*side.hashes[side.labels == label]} for side in (split.test, rest))
+        assert not held & kept
+        count = (split.test.labels == label).sum()
+        target = max(1, round(sum(sizes) * fraction))
+        assert count < target + max(sizes)
+        assert count >= target or len(kept) <= 2
+    assert [set(side.paths) for side in splits.split_by_content(rest, 0.2)[:2]] == sides[:2]
+
+
+def test_test_images_change_nothing_in_the_fingerprint():
+    everything = make_examples([[1] * 20, [1] * 20])
+    folder = Folder(("a", "b"), everything, ())
+    split = splits.choose(folder, validation_split=0.2, split_file="", test_split=0.1)
+    assert [len(side) for side in split] == [28, 8, 4]
+    without = split._replace(test=everything.take(np.zeros(len(everything), bool)))
+    assert splits.fingerprint(split, ("a", "b")) == splits.fingerprint(without, ("a", "b"))
 
 
 def test_a_class_without_training_folder_is_refused(tmp_path):

@@ -63,8 +63,8 @@ def test_a_dataset_keeps_its_classes_split_and_file_names(prepared, tmp_path, bu
     folder = read_folder(directory)
     split = splits.choose(folder, validation_split=0.2, split_file="")
     assert folder.class_names == ("bear", "wolf")
-    assert (len(split.training), len(split.validation)) == (11, 11)
-    for side, name in ((split.training, "train"), (split.validation, "validation")):
+    assert [len(side) for side in split] == [11, 11, 11]
+    for side, name in zip(split, ("train", "validation", "test"), strict=True):
         for path in side.paths:
             original = "/".join(path.split("/")[1:])
             assert files.read(f"{directory}/{path}") == files.read(f"{prepared}/source/{name}/{original}")

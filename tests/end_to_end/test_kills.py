@@ -21,9 +21,9 @@ from trainer.tune import StudyDir
 pytestmark = pytest.mark.slow
 
 NEVER = 10**6
-# A head that is fitted, the decision about flips, and two epochs of the whole network.
+# A head that is fitted, the decision about flips, two epochs of the whole network, and a test set.
 FLAGS = [*FITTED_HEAD, "--epochs=2", "--image_size=32", "--batch_size=8", "--learning_rate=3e-3", "--precision=float32",
-         "--preprocessing=rescale"]  # fmt: skip
+         "--preprocessing=rescale", "--test_split=0.2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

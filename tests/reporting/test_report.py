@@ -4,6 +4,7 @@ import base64
 import html.parser
 import io
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -11,9 +12,9 @@ import pytest
 from PIL import Image
 
 from tests.support.written_job import CLASSES, HISTORY, MATH, SCRIPT, make_job_dir, write_csv
-from trainer.artifacts.job_dir import LABEL_ISSUE_COLUMNS, PREDICTION_COLUMNS
-from trainer.artifacts.metrics import expected_calibration_error, wilson_interval
-from trainer.reporting import report
+from trainer.artifacts.job_dir import LABEL_ISSUE_COLUMNS, PREDICTION_COLUMNS, JobDir
+from trainer.artifacts.metrics import expected_calibration_error, metrics_of_test_set, wilson_interval
+from trainer.reporting import live, report
 
 PNGS = ("accuracy.png", "val_accuracy.png", "loss.png", "val_loss.png", "confusion_matrix.png", "mistakes.png")
 
@@ -117,6 +118,24 @@ def test_metrics_in_the_page_equal_the_files(finished):
     assert "CPU:0, CPU:1" in text
     probability, correct = [0.9321] * 2 + [0.71, 0.74, 0.77, 0.77, 0.8, 0.8], [0, 0, 1, 1, 1, 1, 1, 1]
     assert f"{100 * expected_calibration_error(probability, correct):.2f} %" in text
+
+
+def test_the_accuracy_of_the_test_set_leads_the_page_and_the_model_card(tmp_path):
+    job_dir = make_job_dir(tmp_path)
+    paths = JobDir(str(job_dir))
+    labels = np.arange(4).repeat(10)
+    test = metrics_of_test_set(labels, np.eye(4, dtype=np.float32)[np.where(labels < 3, labels, 0)], CLASSES)
+    paths.write_metrics({**paths.read_metrics(), "test": test})
+    with open(paths.split, "a") as file:
+        file.writelines(f"test/{i}.png,{MATH},test,{i}\n" for i in range(40))
+    live.write_all(str(job_dir))
+    text = Page(job_dir).text
+    assert "30 of 40 test images are classified correctly" in text
+    assert text.index("75.00 % 30 of 40 test images") < text.index("on the 8 validation images")
+    assert "Training images 16 Validation images 8 Test images 40" in text
+    card = pathlib.Path(paths.model_card).read_text()
+    assert "16 training images, 8 validation images, 40 test images" in card
+    assert "30 of 40 test images; balanced accuracy 75.00" in card
 
 
 def test_the_page_has_commands_to_use_the_model(finished):

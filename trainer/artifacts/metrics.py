@@ -75,6 +75,22 @@ def validation_metrics(labels: np.ndarray, probabilities: np.ndarray, class_name
     }
 
 
+def metrics_of_test_set(labels: np.ndarray, probabilities: np.ndarray, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """The block `test` of metrics.json: labels int [N], probabilities float32 [N, C], N > 0; a 95 % Wilson interval."""
+    metrics = classification_metrics(labels, top_class(probabilities)[0], len(class_names))
+    correct = int(metrics.confusion.trace())
+    low, high = wilson_interval(correct, len(labels))
+    return {
+        "accuracy": metrics.accuracy,
+        "low": low,
+        "high": high,
+        "correct": correct,
+        "images": len(labels),
+        "balanced_accuracy": metrics.balanced_accuracy,
+        "per_class": dict(zip(class_names, metrics.per_class, strict=True)),
+    }
+
+
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Lower and upper bound of a proportion by its score test (Wilson, 1927; Brown, Cai and DasGupta, 2001, eq. 4).
 

@@ -74,7 +74,7 @@ class RunRecord:
     @functools.cached_property
     def training_rows(self) -> list[dict[str, str]]:
         """The rows of split.csv that are trained on, in its order."""
-        return [row for row in self.split if row["split"] != "validation"]
+        return [row for row in self.split if row["split"] == "training"]
 
     @functools.cached_property
     def training_counts(self) -> collections.Counter:
@@ -84,7 +84,17 @@ class RunRecord:
     @functools.cached_property
     def num_validation(self) -> int:
         """Number of validation images; of an evaluation, of evaluated images."""
-        return len(self.split) - len(self.training_rows) or len(self.predictions)
+        return sum(row["split"] == "validation" for row in self.split) or len(self.predictions)
+
+    @functools.cached_property
+    def num_test(self) -> int:
+        """Number of test images, readable or not."""
+        return sum(row["split"] == "test" for row in self.split)
+
+    @functools.cached_property
+    def test(self) -> dict[str, Any]:
+        """The block `test` of metrics.json; {} without test images or before the end of the run."""
+        return self.metrics.get("test", {})
 
     @functools.cached_property
     def is_evaluation(self) -> bool:

@@ -44,11 +44,18 @@ class Folder:
     notes: tuple[str, ...] = ()  # what of the folder is not used, and how it was recognized
 
 
+NO_EXAMPLES = Examples(np.array([], object), np.array([], np.int32), np.array([], object))
+
+
 class Split(NamedTuple):
-    """The two sides of a split; within a class, no content is on both sides."""
+    """The sides of a split; within a class, a split by content has no content on two sides.
+
+    Test images are not used before the model is exported: neither training nor a choice reads them.
+    """
 
     training: Examples
     validation: Examples
+    test: Examples = NO_EXAMPLES
 
 
 def read_folder(
@@ -154,8 +161,8 @@ def _from_pack(pack: shards.Pack) -> Folder:
     manifest = pack.manifest
     split_folders = None
     if manifest["sides"]:
-        training, validation, left_out = manifest["sides"]
-        split_folders = SplitFolders(training, validation, tuple(left_out))
+        training, validation, left_out, *test = manifest["sides"]
+        split_folders = SplitFolders(training, validation, tuple(left_out), *test)
     return Folder(
         class_names=tuple(manifest["class_names"]),
         examples=examples,

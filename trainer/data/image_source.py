@@ -19,7 +19,7 @@ from trainer.storage import files
 
 
 class ImageSource:
-    """All images of a job, in the order of their paths, so that jobs with other splits share the cached features.
+    """The training and validation images of a job, by path, so that jobs with other splits share the cached features.
 
     `split_indices` are the indices of the training and of the validation images, int64 [N] and [V]. `bad_files` are
     the files that could not be used so far, by path. `failure` is the last error of a bucket: TensorFlow, which calls
@@ -38,10 +38,11 @@ class ImageSource:
         read_parallelism: int,
         max_bad_fraction: float,
     ):
-        paths = np.concatenate([side.paths for side in split])
+        sides = (split.training, split.validation)
+        paths = np.concatenate([side.paths for side in sides])
         order = np.argsort(paths)
         self.paths = paths[order]
-        self.hashes = np.concatenate([side.hashes for side in split])[order].tolist()
+        self.hashes = np.concatenate([side.hashes for side in sides])[order].tolist()
         self.split_indices = np.split(np.argsort(order), [len(split.training)])
         self.bad_files = {bad.path: bad for bad in folder.bad_files}
         self.failure: OSError | None = None

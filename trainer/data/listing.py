@@ -50,6 +50,7 @@ class SplitFolders(NamedTuple):
     training: str
     validation: str  # empty: a part of the training images is held out
     left_out: tuple[str, ...]
+    test: str = ""  # empty: no folder of test images in class folders
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,7 +87,10 @@ def list_files(data_dir: str, *, min_classes: int = 2) -> Listing:
     class_names = _class_names(scan, data_dir, split_folders, min_classes)
     if not split_folders:
         notes += _unused_entries(scan, data_dir)
-    sides = [f"{side}/" for side in split_folders[:2] if side] if split_folders else [""]
+    sides = [""]
+    if split_folders:
+        named = (split_folders.training, split_folders.validation, split_folders.test)
+        sides = [f"{side}/" for side in named if side]
     paths, labels, bad_folders, repeating = [], [], [], set()
     for side in sides:
         found = [_files_below(scan, files.join(data_dir, side + name), side + name) for name in class_names]
@@ -160,10 +164,11 @@ def join(data_dir: str, name: str) -> str:
 
 
 def _find_split_folders(scan: Scan, data_dir: str) -> tuple[SplitFolders | None, list[str]]:
-    """The folders of the training and the validation images, or of training and test images, and notes.
+    """The folders of the training, validation and test images, and notes.
 
     None unless there is one folder of training images, and one of validation images or some of test images. With any other
-    folder beside them, these must hold class folders; the other folder, often a copy of them, is then left out.
+    folder beside them, these must hold class folders; the other folder, often a copy of them, is then left out. Test images
+    that are not in class folders have no labels and are left out too, and so is more than one folder of labeled ones.
     """
     names = sorted(_folder_names(scan, data_dir)[0])
     training, validation, tests = (
@@ -177,8 +182,20 @@ def _find_split_folders(scan: Scan, data_dir: str) -> tuple[SplitFolders | None,
     if not is_certain and any(len(_folder_names(scan, files.join(data_dir, root))[0]) < 2 for root in roots.values()):
         return None, []  # classes of that name
     notes = [f"the folder {name!r} is neither for training nor for validation and is not used" for name in others]
+    test_roots = {name: _class_root(scan, data_dir, name) for name in tests}
+    classes = set(_folder_names(scan, files.join(data_dir, roots[training[0]]))[0])
+    labeled = [
+        name for name, root in test_roots.items() if classes & set(_folder_names(scan, files.join(data_dir, root))[0])
+    ]
+    test = labeled[0] if len(labeled) == 1 else ""
+    roots |= {test: test_roots[test]} if test else {}
     notes += [f"the classes of {name!r} are in {root!r}" for name, root in roots.items() if root != name]
-    return SplitFolders(roots[training[0]], roots[validation[0]] if validation else "", tuple(tests)), notes
+    return SplitFolders(
+        roots[training[0]],
+        roots[validation[0]] if validation else "",
+        tuple(name for name in tests if name != test),
+        roots[test] if test else "",
+    ), notes
 
 
 def _class_root(scan: Scan, data_dir: str, name: str) -> str:
@@ -217,13 +234,14 @@ def _class_names(scan: Scan, data_dir: str, split_folders: SplitFolders | None, 
     if split_folders:
         root = files.join(data_dir, split_folders.training)
     names, num_entries = _folder_names(scan, root)
-    if split_folders and split_folders.validation:
-        validation_dir = files.join(data_dir, split_folders.validation)
-        untrained = sorted(set(_folder_names(scan, validation_dir)[0]) - set(names))
+    for side in (split_folders.validation, split_folders.test) if split_folders else ():
+        side_dir = files.join(data_dir, side)
+        untrained = sorted(set(_folder_names(scan, side_dir)[0]) - set(names)) if side else []
         if untrained:
+            assert split_folders
             raise UserError(
-                f"{validation_dir} has the class {untrained[0]!r}, {split_folders.training} does not: add training "
-                "images of the class, or remove it."
+                f"{side_dir} has the class {untrained[0]!r}, {split_folders.training} does not: add training images of "
+                "the class, or remove it."
             )
     if not names:
         raise UserError(

@@ -109,8 +109,8 @@ def _check_description(manifest: dict[str, Any]) -> None:
     """Raises KeyError, TypeError or ValueError unless the other entries of a manifest are those of trainer.pack."""
     sides, names = manifest["sides"], manifest["class_names"]
     if sides is not None:
-        training, validation, left_out = sides
-        names = [*names, training, validation, *left_out]
+        training, validation, left_out, *test = sides  # a pack of an earlier version has no test folder
+        names = [*names, training, validation, *left_out, *test]
     texts = [*names, *manifest["kinds"], *(text for bad_file in manifest["bad_files"] for text in bad_file)]
     if not isinstance(manifest["pictures"], int) or not all(isinstance(text, str) for text in texts):
         raise ValueError("an entry has another type than trainer.pack writes")

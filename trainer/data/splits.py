@@ -1,10 +1,11 @@
-"""Splits examples into training and validation: by content, by the folders train and val, or by a split.csv.
+"""Splits examples into training, validation and test: by content, by folders such as train and val, or by a split.csv.
 
 No TensorFlow. Shapes: N examples.
 """
 
 import collections
 import csv
+import dataclasses
 import hashlib
 import io
 from typing import TextIO
@@ -21,32 +22,45 @@ from trainer.storage import files
 def split_by_content(examples: Examples, validation_split: float) -> Split:
     """Holds out the fraction `validation_split` of each class, exact up to rounding and groups of equal content.
 
-    Within a class, files of equal content form a group. Groups are sorted by their hash, and the first are held out
-    until the fraction is reached. The split therefore depends neither on the machine nor on paths or their order, and
-    adding or removing a file moves at most one other group to the other side. A class with two groups or more has at
-    least one in validation; the last group of a class is always in training.
+    A class with two different images or more has at least one in validation, and always one in training.
 
     Raises UserError if nothing can be held out.
+    """
+    is_validation = _held_out(examples, validation_split, keep=1)
+    if not is_validation.any():
+        raise UserError("No class has two different images, so none can be held out for validation: add images.")
+    return Split(examples.take(~is_validation), examples.take(is_validation))
+
+
+def _held_out(examples: Examples, fraction: float, *, keep: int, from_end: bool = False) -> np.ndarray:
+    """Whether an example is held out, bool [N].
+
+    Within a class, files of equal content form a group. Groups are sorted by their hash, and the first, or the last with
+    `from_end`, are held out until the fraction is reached; `keep` groups of each class always stay. The result therefore
+    depends neither on the machine nor on paths or their order, and adding or removing a file moves at most one other group
+    across the border.
     """
     held_out = np.zeros(len(examples), bool)
     for label in np.unique(examples.labels):
         members = np.flatnonzero(examples.labels == label)
         members = members[np.argsort(examples.hashes[members], kind="stable")]
+        members = members[::-1] if from_end else members
         hashes = examples.hashes[members]
         starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))  # first index of each group
-        target = max(1, round(len(members) * validation_split))
-        chosen = starts[:-1] < target
+        target = max(1, round(len(members) * fraction))
+        chosen = starts[:-keep] < target
         end = np.append(starts, len(members))[np.count_nonzero(chosen)]
         held_out[members[:end]] = True
-    if not held_out.any():
-        raise UserError("No class has two different images, so none can be held out for validation: add images.")
-    return Split(examples.take(~held_out), examples.take(held_out))
+    return held_out
 
 
 def fingerprint(split: Split, class_names: tuple[str, ...]) -> str:
-    """A SHA-256 as hex of class names, contents and split; it does not depend on the location of the folder."""
+    """A SHA-256 as hex of what a model is trained on: class names, contents and split, not the location of the folder.
+
+    Test images are no part of it: they change nothing but their own result.
+    """
     digest = hashlib.sha256(repr(class_names).encode())
-    for side in split:
+    for side in (split.training, split.validation):
         for label, content_hash in zip(side.labels.tolist(), side.hashes, strict=True):
             digest.update(f"{label} {content_hash}\n".encode())
         digest.update(b"--\n")
@@ -57,7 +71,7 @@ SPLIT_COLUMNS = ("path", "label", "split", "content_hash")
 
 
 def write_split(file: TextIO, split: Split, class_names: tuple[str, ...]) -> None:
-    """Writes split.csv: path, label, split (training or validation), content_hash."""
+    """Writes split.csv: path, label, split (training, validation or test), content_hash."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(SPLIT_COLUMNS)
     for name, side in zip(Split._fields, split, strict=True):
@@ -65,29 +79,80 @@ def write_split(file: TextIO, split: Split, class_names: tuple[str, ...]) -> Non
             writer.writerow((path, class_names[label], name, content_hash))
 
 
-def choose(folder: Folder, *, validation_split: float, split_file: str) -> Split:
+def choose(folder: Folder, *, validation_split: float, split_file: str, test_split: float = 0.0) -> Split:
     """The split of `split_file` if it is given, else of the folders train and val if they exist, else by content.
 
-    Raises UserError if the file is not a split.csv, or a class or side has no image.
+    Without a folder of test images, the fraction `test_split` of each class is the test set: by content, taken first and
+    from the other end than validation, so that the rest is split as a folder without these images is. A class of three
+    different images or more gives at least one.
+
+    Raises UserError if the file is not a split.csv, a class or side has no image, or `test_split` cannot apply.
     """
     if split_file:
         return _as_in_file(folder, split_file)
+    is_test = _is_test(folder, test_split)
+    rest = dataclasses.replace(folder, examples=folder.examples.take(~is_test))
     if folder.split_folders and folder.split_folders.validation:
-        return _as_in_folders(folder, folder.split_folders)
-    return split_by_content(folder.examples, validation_split)
+        split = _as_in_folders(rest, folder.split_folders)
+    else:
+        split = split_by_content(rest.examples, validation_split)
+    split = split._replace(test=folder.examples.take(is_test))
+    if len(split.test):
+        _check_split(split, folder, "the split")
+        _warn_of_shared_contents(split)
+    return split
 
 
-def describe(folder: Folder, *, validation_split: float, split_file: str) -> str:
+def _is_test(folder: Folder, test_split: float) -> np.ndarray:
+    """Whether an example is a test image, bool [N]."""
+    examples, test = folder.examples, folder.split_folders.test if folder.split_folders else ""
+    if test and test_split:
+        raise UserError(f"--test_split={test_split:g}, but {test}/ holds the test images: leave out one of the two.")
+    if test:
+        is_test = np.array([path.startswith(f"{test}/") for path in examples.paths], bool)
+        if not is_test.any():
+            raise UserError(f"{test}/ holds no readable image: add test images, or remove the folder.")
+        return is_test
+    if not test_split:
+        return np.zeros(len(examples), bool)
+    is_test = _held_out(examples, test_split, keep=2, from_end=True)
+    if not is_test.any():
+        raise UserError(
+            f"--test_split={test_split:g}, but no class has three different images, one each for training, validation and "
+            "test: add images, or leave the flag out."
+        )
+    return is_test
+
+
+def _warn_of_shared_contents(split: Split) -> None:
+    seen = {*split.training.hashes, *split.validation.hashes}
+    shared = [path for path, content in zip(split.test.paths, split.test.hashes, strict=True) if content in seen]
+    if shared:
+        logging.warning(
+            "%d test images have the content of a training or validation image (the first: %r): the test accuracy will be "
+            "too high.",
+            len(shared),
+            shared[0],
+        )
+
+
+def describe(folder: Folder, *, validation_split: float, split_file: str, test_split: float = 0.0) -> str:
     """The origin of the split, as one line for the log, the plan and config.json."""
     if split_file:
         return f"from {split_file}"
     by_content = f"{validation_split:g} of each class held out, by content"
+    for_test = f"{test_split:g} of each class held out first as test images, by content"
     if not folder.split_folders:
-        return by_content
-    left_out = "".join(f"; {name}/ is left out (see trainer.evaluate)" for name in folder.split_folders.left_out)
-    if not folder.split_folders.validation:
-        return f"from the folder {folder.split_folders.training}/, {by_content}{left_out}"
-    return f"from the folders {folder.split_folders.training}/ and {folder.split_folders.validation}/{left_out}"
+        return f"{for_test}; then {by_content}" if test_split else by_content
+    named = folder.split_folders
+    origin = f"from the folder {named.training}/, {by_content}"
+    if named.validation:
+        origin = f"from the folders {named.training}/ and {named.validation}/"
+    if test_split:
+        origin += f"; {for_test}"
+    if named.test:
+        origin += f"; test images from {named.test}/"
+    return origin + "".join(f"; {name}/ is left out (see trainer.evaluate)" for name in named.left_out)
 
 
 def describe_changes(split_file: str, split: Split, class_names: tuple[str, ...]) -> str:
@@ -158,8 +223,8 @@ def _as_in_file(folder: Folder, split_file: str) -> Split:
             logging.warning(
                 "--split_file=%s: %d images %s; the first: %r", split_file, len(affected), problem, affected[0]
             )
-    training, validation = (np.array([name == side for name in names], bool) for side in Split._fields)
-    split = Split(folder.examples.take(training), folder.examples.take(validation))
+    split = Split(*(folder.examples.take(np.array([name == side for name in names], bool)) for side in Split._fields))
+    _warn_of_shared_contents(split)
     return _check_split(split, folder, f"--split_file={split_file}")
 
 
@@ -183,7 +248,7 @@ def _read_rows(split_file: str) -> dict[str, dict[str, str]]:
         if row["split"] not in Split._fields:
             raise UserError(
                 f"--split_file={split_file}, row {number}: split is {row['split']!r}, expected "
-                f"{' or '.join(Split._fields)}."
+                "training, validation or test."
             )
         if row["path"] in by_path:
             raise UserError(f"--split_file={split_file}, row {number}: {row['path']!r} is listed twice: remove one.")
@@ -192,7 +257,7 @@ def _read_rows(split_file: str) -> dict[str, dict[str, str]]:
 
 
 def _check_split(split: Split, folder: Folder, source: str) -> Split:
-    for name, side in zip(Split._fields, split, strict=True):
+    for name, side in (("training", split.training), ("validation", split.validation)):
         if not len(side):
             raise UserError(
                 f"{source} has no image of {folder.class_names} for {name}: add some, or make another split."

@@ -39,7 +39,7 @@ def as_folder(data_dir: str) -> Iterator[str]:
 
 
 def write_folder(address: str, directory: str) -> None:
-    """Writes the encoded images of `address` to directory/CLASS/, or below train/ and val/ if the dataset has both.
+    """Writes the encoded images of `address` to directory/CLASS/, or below train/, val/ and test/ where it has such splits.
 
     Does nothing if the folder exists.
 
@@ -112,7 +112,7 @@ def _write(builder: Any, address: str, directory: str) -> list[str]:
         )
     names = [key for key in _NAME_FEATURES if key in features]
     splits = _splits(list(builder.info.splits), address)
-    left_out = sorted(set(builder.info.splits) - set(splits))
+    left_out = set(builder.info.splits) - set(splits)
     class_names = [name.replace("/", "_") for name in features[labels[0]].names]
     for split, side in splits.items():
         dataset = builder.as_dataset(
@@ -121,6 +121,9 @@ def _write(builder: Any, address: str, directory: str) -> list[str]:
             read_config=tfds.ReadConfig(add_tfds_id=True),
         )
         for example in dataset.as_numpy_iterator():
+            if example[labels[0]] < 0 and side == "test":  # TFDS writes -1 where the labels are not public
+                left_out.add(split)
+                break
             class_name = class_names[int(example[labels[0]])]
             if listing.is_ignored(class_name):
                 raise UserError(
@@ -132,14 +135,16 @@ def _write(builder: Any, address: str, directory: str) -> list[str]:
             os.makedirs(folder, exist_ok=True)
             with open(os.path.join(folder, name.replace("/", "_")), "xb") as file:
                 file.write(example[images[0]])
-    return [f"split {split} read" for split in splits] + [f"split {split} left out" for split in left_out]
+    read = [f"split {split} read" for split in splits if split not in left_out]
+    return read + [f"split {split} left out" for split in sorted(left_out)]
 
 
 def _splits(names: list[str], address: str) -> dict[str, str]:
-    """The splits to read, and the folder of each: train and validation if both exist, else train only."""
+    """The splits to read, and the folder of each: train, validation and test, or train alone without a folder."""
     validation = [name for name in names if name in _VALIDATION_SPLITS]
     if "train" not in names:
         raise UserError(
             f"--data_dir={address} has the splits {', '.join(names)}, none of them train: pass another dataset."
         )
-    return {"train": "train", validation[0]: "val"} if validation else {"train": ""}
+    others = dict.fromkeys(validation[:1], "val") | {name: "test" for name in names if name == "test"}
+    return {"train": "train", **others} if others else {"train": ""}

@@ -22,9 +22,10 @@ def describe(settings: Config, folder: Folder, split: Split, resolved: dict[str,
     )
     parameters = backbone.parameters + (features + 1) * num_classes
     changed = {name: value for name, value in settings.as_dict().items() if value != config.DEFAULTS[name]}
+    test = f"{len(split.test)} to test, " if len(split.test) else ""
     lines = [
         "Plan (nothing is written):",
-        f"  images      {training} to train on, {validation} to validate, {len(folder.bad_files)} bad files left out",
+        f"  images      {training} to train on, {validation} to validate, {test}{len(folder.bad_files)} bad files left out",
         f"  split       {resolved['split']}",
         *[f"  note        {note}" for note in folder.notes],
         *_class_lines(folder, split),

@@ -1,4 +1,4 @@
-"""Evaluates trained models on a labeled folder and writes a report of each, and a comparison of several.
+"""Evaluates trained models on a labeled folder and writes a report of each, and a comparison of several; and the test set.
 
 Shapes: N images that the model can read, C classes, [h, w] a heat map.
 """
@@ -16,7 +16,13 @@ from absl import logging
 
 from trainer.artifacts import run_record
 from trainer.artifacts.job_dir import PAGE_NAME, JobDir, write_class_names
-from trainer.artifacts.metrics import Threshold, threshold_for_precision, top_class, validation_metrics
+from trainer.artifacts.metrics import (
+    Threshold,
+    metrics_of_test_set,
+    threshold_for_precision,
+    top_class,
+    validation_metrics,
+)
 from trainer.data import file_checks, shards
 from trainer.data.dataset import Examples, Folder
 from trainer.data.listing import BadFile
@@ -24,6 +30,7 @@ from trainer.errors import UserError
 from trainer.reporting import comparison, report
 from trainer.serving import batch
 from trainer.serving.classifier import Classifier, classify, load
+from trainer.serving.exporter import FinishedRun
 from trainer.storage import files
 
 _MAX_LOGGED_CLASSES = 30
@@ -94,15 +101,41 @@ def evaluate(model_dir: str, labeled: LabeledFolder) -> Evaluation:
     bad_files = [*folder.bad_files, *unreadable]
     total = len(examples) + len(folder.bad_files)
     file_checks.check_bad_fraction(len(bad_files), total, bad_files[:1], labeled.max_bad_fraction)
-    probabilities = np.stack([p.probabilities for p in predictions if p.probabilities is not None])
-    is_novel = [p.is_novel for p in predictions if p.probabilities is not None]
+    rows = [prediction.probabilities for prediction in predictions if prediction.probabilities is not None]
+    is_novel = [prediction.is_novel for prediction in predictions if prediction.probabilities is not None]
     return Evaluation(
         classifier,
         examples.take(is_readable),
-        probabilities,
+        np.reshape(rows, (len(rows), len(classifier.class_names))),
         bad_files,
-        is_novel=None if None in is_novel else np.array(is_novel),
+        is_novel=None if None in is_novel else np.array(is_novel, bool),
     )
+
+
+def evaluate_test_set(run: FinishedRun, *, batch_size: int) -> tuple[dict[str, Any], list[BadFile]]:
+    """The block `test` of metrics.json, by the exported model, and the test images that it cannot read.
+
+    The block is {} if there is no test image, or none that can be read.
+    """
+    if not len(run.test):
+        return {}, []
+    folder = Folder(class_names=run.class_names, examples=run.test, bad_files=())
+    labeled = LabeledFolder(data_dir=run.data_dir, folder=folder, batch_size=batch_size, max_bad_fraction=1.0)
+    evaluation = evaluate(run.model_dir, labeled)
+    for bad in evaluation.bad_files:
+        logging.warning("Test image %s is left out: %s.", files.join(run.data_dir, bad.path), bad.reason)
+    if not len(evaluation.examples):
+        logging.warning("None of the %d test images can be read, so there is no test accuracy.", len(run.test))
+        return {}, evaluation.bad_files
+    values = metrics_of_test_set(evaluation.examples.labels, evaluation.probabilities, run.class_names)
+    logging.info(
+        "Test accuracy %.4f (95 %% interval %.4f to %.4f) on %d images that neither training nor a choice has used.",
+        values["accuracy"],
+        values["low"],
+        values["high"],
+        values["images"],
+    )
+    return values, evaluation.bad_files
 
 
 def _evaluate_and_report_one(model_dir: str, labeled: LabeledFolder, report_dir: str) -> None:

@@ -36,6 +36,7 @@ class FinishedRun:
     export_formats: str  # comma-separated
     class_names: tuple[str, ...]
     validation: Examples
+    test: Examples
     network_input: NetworkInput
     backbone: str
     head: str
