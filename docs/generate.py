@@ -93,6 +93,9 @@ SPANISH_TRAINER = {
 }
 
 SPANISH_FLAGS = {
+    "labels": "Archivo de rutas y etiquetas, en lugar de carpetas por clase: CSV con las columnas path,label y quizá "
+    "split,group; el archivo de importación de Vertex AI (CSV o JSON Lines); el CSV que exporta Label Studio. Las rutas son "
+    "relativas a --data_dir (si falta, a la carpeta del archivo), absolutas o gs://.",
     "test_split": "Parte de cada clase que se aparta para la prueba, por contenido, antes que nada. Ni el entrenamiento ni "
     "ninguna elección la usa; el modelo exportado se evalúa con ella una vez, al final.",
     "image_size": "Alto y ancho en píxeles de la entrada de la red; 32 o más.",

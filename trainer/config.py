@@ -42,6 +42,15 @@ class Config:
         resumable=True,
         per_worker=True,
     )
+    labels: str = flag(
+        "",
+        "File of paths and labels, in place of folders per class: CSV with the columns path,label and perhaps split,group; "
+        "Vertex AI's import file (CSV or JSON Lines); Label Studio's CSV export. Paths are relative to --data_dir (default: "
+        "the folder of the file), absolute or gs://.",
+        resumable=True,
+        per_worker=True,
+        in_readme=True,
+    )
     accept_layout: bool = flag(
         False,
         "Train although classes are named like parts of a data set (train, test), or although more than a tenth of a class "
@@ -361,6 +370,8 @@ class Config:
                 f"--weights=none with --head_epochs={self.head_epochs}: a head on features of random weights learns "
                 "little. Pass --head_epochs=0 --epochs=N to train the whole network, or pass --weights."
             )
+        if self.labels and self.data_dir.startswith("tfds:"):
+            raise UserError(f"--labels={self.labels} with --data_dir={self.data_dir}, which has labels: leave out one.")
         if self.test_split and self.split_file:
             raise UserError(
                 f"--test_split={self.test_split:g} with --split_file={self.split_file}, which says by itself which images "

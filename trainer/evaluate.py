@@ -15,7 +15,7 @@ import os
 from absl import flags
 
 from trainer import cli
-from trainer.data import tfds
+from trainer.data import label_file, tfds
 from trainer.data.dataset import read_folder
 from trainer.errors import UserError
 
@@ -23,6 +23,7 @@ from trainer.errors import UserError
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("model_dir", "", "A saved_model folder, or the job_dir of a run; several separated by commas.")
+    flags.DEFINE_string("labels", "", "File of paths and labels, in place of folders per class, as in trainer.task.")
     flags.DEFINE_string("data_dir", "", "Folder with one sub-folder per class, named as in the model; or tfds:NAME.")
     flags.DEFINE_string("report_dir", "", "Folder for the report.")
     flags.DEFINE_float(
@@ -47,7 +48,8 @@ def main(arguments: list[str]) -> None:
     """Evaluates each model and writes its report."""
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --data_dir={arguments[0]} if it is the folder.")
-    cli.require("model_dir", "data_dir", "report_dir")
+    labels = flags.FLAGS.labels
+    cli.require("model_dir", "report_dir", *(() if labels else ("data_dir",)))
     model_dirs = [
         os.path.expanduser(path.strip()).rstrip("/") for path in flags.FLAGS.model_dir.split(",") if path.strip()
     ]
@@ -55,8 +57,8 @@ def main(arguments: list[str]) -> None:
     if repeated:
         raise UserError(f"--model_dir names {repeated[0]} more than once: pass different models.")
     max_bad_fraction = flags.FLAGS.max_bad_fraction
-    with tfds.as_folder(flags.FLAGS.data_dir) as data_dir:
-        folder = read_folder(data_dir, max_bad_fraction=max_bad_fraction, min_classes=1)
+    with tfds.as_folder(label_file.data_dir_for(labels, flags.FLAGS.data_dir)) as data_dir:
+        folder = read_folder(data_dir, max_bad_fraction=max_bad_fraction, min_classes=1, labels_file=labels)
         cli.import_tensorflow()
 
         from trainer.serving import evaluation

@@ -23,7 +23,7 @@ from absl import flags, logging
 from trainer import cli, config
 from trainer.artifacts.job_dir import JobDir
 from trainer.config import Config
-from trainer.data import inspection, listing, tfds
+from trainer.data import inspection, label_file, listing, tfds
 from trainer.data.dataset import Examples
 from trainer.data.inspection import InspectedFile, Inspection
 from trainer.errors import UserError
@@ -48,6 +48,7 @@ class Problem(NamedTuple):
 
 def define_flags() -> None:
     """Defines the flags of this command."""
+    flags.DEFINE_string("labels", "", "File of paths and labels, in place of folders per class, as in trainer.task.")
     flags.DEFINE_string("data_dir", "", "Folder with one sub-folder of images per class, local or gs://; or tfds:NAME.")
     flags.DEFINE_string("output_dir", "inspection", "Folder for inspect.json, inspect.html and sizes.png.")
     flags.DEFINE_string("fix", "", "File for the paths to remove, one per line: bad files, all copies but the first, "
@@ -65,15 +66,19 @@ def main(arguments: list[str]) -> int:
     """Inspects the folder; returns the exit code."""
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: pass --data_dir={arguments[0]} if it is the folder.")
-    cli.require("data_dir")
-    data_dir, output_dir, fix, weights, image_size = cli.flag_values(
-        ("data_dir", "output_dir", "fix", "weights", "image_size")
+    labels, data_dir, output_dir, fix, weights, image_size = cli.flag_values(
+        ("labels", "data_dir", "output_dir", "fix", "weights", "image_size")
     ).values()
+    if not labels:
+        cli.require("data_dir")
+    elif fix:
+        raise UserError(f"--fix={fix} lists files of class folders: with --labels, correct {labels}.")
+    data_dir = label_file.data_dir_for(labels, data_dir)
     if weights == "none" or (weights not in ("", "imagenet") and not files.exists(weights)):
         raise UserError(f"--weights={weights} is not a file: pass imagenet, or the path of the weights of a ResNet50.")
     started = time.monotonic()
     with tfds.as_folder(data_dir) as directory:
-        result = inspection.inspect(directory, progress=sys.stderr.isatty())
+        result = inspection.inspect(directory, progress=sys.stderr.isatty(), labels_file=labels)
         seconds = time.monotonic() - started
         problems = find_problems(result)
         review = _review_labels(result, directory, weights, image_size) if weights else None

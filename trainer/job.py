@@ -526,7 +526,8 @@ def _metrics(job: Job, trainer: Trainer) -> dict[str, Any]:
 
 
 def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
-    example = files.join(finished.data_dir, finished.validation.paths[0])
+    name = finished.validation.paths[0]
+    example = name if files.is_remote(name) else files.join(finished.data_dir, name)
     test = "test accuracy {accuracy:.4f} ({low:.4f} to {high:.4f} with 95 % confidence, {images} images)"
     arguments = shlex.join([f"--model_dir={finished.model_dir}", example])
     lines = [

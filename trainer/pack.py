@@ -14,7 +14,7 @@ from absl import flags, logging
 from tqdm import tqdm
 
 from trainer import cli
-from trainer.data import shard_writer, shards, tfds
+from trainer.data import label_file, shard_writer, shards, tfds
 from trainer.data.dataset import read_folder
 from trainer.errors import UserError
 from trainer.storage import files
@@ -22,6 +22,7 @@ from trainer.storage import files
 
 def define_flags() -> None:
     """Defines the flags of this command."""
+    flags.DEFINE_string("labels", "", "File of paths and labels, in place of folders per class, as in trainer.task.")
     flags.DEFINE_string("data_dir", "", "Folder with one sub-folder of images per class, local or gs://; or tfds:NAME.")
     flags.DEFINE_string("output_dir", "", "Folder for the shards, local or gs://.")
     flags.DEFINE_integer("shard_megabytes", 128, "Size at which a shard is closed.", lower_bound=1)
@@ -33,8 +34,9 @@ def main(arguments: list[str]) -> None:
     """Packs the folder."""
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: pass --data_dir={arguments[0]} if it is the folder.")
-    cli.require("data_dir", "output_dir")
-    data_dir, output_dir = flags.FLAGS.data_dir, flags.FLAGS.output_dir.rstrip("/")
+    labels = flags.FLAGS.labels
+    cli.require("output_dir", *(() if labels else ("data_dir",)))
+    data_dir, output_dir = label_file.data_dir_for(labels, flags.FLAGS.data_dir), flags.FLAGS.output_dir.rstrip("/")
     if files.is_remote(output_dir):
         from trainer.storage import gcs
 
@@ -47,7 +49,12 @@ def main(arguments: list[str]) -> None:
 
 def _pack_folder(data_dir: str, output_dir: str) -> int:
     is_terminal = sys.stderr.isatty()
-    folder = read_folder(data_dir, max_bad_fraction=flags.FLAGS.max_bad_fraction, progress=is_terminal)
+    folder = read_folder(
+        data_dir,
+        max_bad_fraction=flags.FLAGS.max_bad_fraction,
+        progress=is_terminal,
+        labels_file=flags.FLAGS.labels,
+    )
     cli.import_tensorflow()
     with tqdm(desc="packing", total=len(folder.examples), unit="img", disable=not is_terminal, leave=False) as bar:
         return shard_writer.write_shards(

@@ -28,7 +28,7 @@ from trainer import cli, config, earlier_runs, recipes
 from trainer.artifacts import job_dir
 from trainer.artifacts.job_dir import JobDir
 from trainer.config import Config
-from trainer.data import sampler, splits
+from trainer.data import label_file, sampler, splits
 from trainer.data.dataset import Split, check_layout, read_folder
 from trainer.errors import UserError
 from trainer.reporting import tuner_metrics
@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> int:
 
 def with_environment(settings: Config, environment: Mapping[str, str]) -> Config:
     """Fills in paths that no flag gave: from what Vertex AI sets, else below job_dir. Raises UserError without a job_dir."""
+    settings = dataclasses.replace(settings, data_dir=label_file.data_dir_for(settings.labels, settings.data_dir))
     root = settings.job_dir.rstrip("/")
     if not root and environment.get("AIP_CHECKPOINT_DIR"):
         root = os.path.dirname(environment["AIP_CHECKPOINT_DIR"].rstrip("/"))
@@ -93,6 +94,7 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
             max_bad_fraction=settings.max_bad_fraction,
             progress=cli.shows_bars(),
             read_parallelism=settings.read_parallelism,
+            labels_file=settings.labels,
         )
         check_layout(settings.data_dir, folder, accept_layout=settings.accept_layout)
         chosen_by: dict[str, Any] = {
@@ -171,7 +173,7 @@ def _check_buckets(settings: Config, *, is_writing: bool) -> None:
     flag_names = ["job_dir", "model_dir", "tensorboard_dir", "cache_dir"]
     outputs = {name: getattr(settings, name) for name in flag_names}
     outputs = {name: path for name, path in outputs.items() if not path.startswith(settings.job_dir + "/")}
-    inputs = {name: getattr(settings, name) for name in ("data_dir", "weights", "split_file")}
+    inputs = {name: getattr(settings, name) for name in ("data_dir", "labels", "weights", "split_file")}
     inputs = {name: path for name, path in inputs.items() if not path.startswith(settings.job_dir + "/")}
     preflight.check_buckets(
         read=inputs if is_writing else {**inputs, **outputs},

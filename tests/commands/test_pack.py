@@ -8,10 +8,12 @@ from trainer.data.dataset import read_folder
 
 
 @pytest.mark.slow
-def test_the_command_packs_a_folder(tmp_path):
+def test_the_command_packs_the_images_of_a_label_file_as_those_of_a_folder(tmp_path):
     data = write_images(tmp_path / "data", {"cat": 3, "dog": 2})
     output_dir = tmp_path / "packed"
-    process = run_command("trainer.pack", f"--data_dir={data}", f"--output_dir={output_dir}")
+    rows = [f"{path.parent.name}/{path.name},{path.parent.name}\n" for path in data.rglob("*.jpg")]
+    (data / "labels.csv").write_text("path,label\n" + "".join(rows))
+    process = run_command("trainer.pack", f"--labels={data / 'labels.csv'}", f"--output_dir={output_dir}")
     assert process.returncode == 0, process.stderr
     assert f"--data_dir={output_dir}" in process.stdout
     assert list(read_folder(str(output_dir)).examples.paths) == list(read_folder(str(data)).examples.paths)

@@ -1,18 +1,18 @@
 """The test set: no choice sees it, and its accuracy is that of the exported model."""
 
 import csv
-import json
 import pathlib
 import random
-import shutil
 
 import pytest
 
 from tests.support.images import write_images
-from tests.support.processes import run_command
 from tests.support.resumable_job import FITTED_HEAD, assert_same, read_result, run
 from trainer import formatting
 from trainer.artifacts.job_dir import JobDir
+from trainer.artifacts.metrics import validation_metrics
+from trainer.data.dataset import read_folder
+from trainer.serving.evaluation import LabeledFolder, evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -39,60 +39,56 @@ def trained(images):
     return job_dir, run(images, job_dir, *FLAGS)
 
 
-def shuffle_labels(directory: pathlib.Path) -> None:
-    """Gives each file the contents of another at random."""
-    paths = sorted(directory.rglob("*.jpg"))
-    targets = random.Random(0).sample(paths, len(paths))
-    contents = [path.read_bytes() for path in paths]
-    for target, content in zip(targets, contents, strict=True):
-        target.write_bytes(content)
+def shuffled_labels(images: pathlib.Path) -> list[tuple[str, str, str]]:
+    """Rows of a label file: the training images with their labels, the test images with those of others."""
+    rows = {side: sorted((images / side).rglob("*.jpg")) for side in ("train", "test")}
+    labels = {side: [path.parent.name for path in paths] for side, paths in rows.items()}
+    random.Random(0).shuffle(labels["test"])
+    return [
+        (str(path.relative_to(images)), label, "test" if side == "test" else "")
+        for side, paths in rows.items()
+        for path, label in zip(paths, labels[side], strict=True)
+    ]
 
 
-def read_without_test(job_dir: pathlib.Path) -> tuple[dict, dict, list]:
-    """Result without the block `test`, that block, and the rows of split.csv that are not test images."""
-    result = read_result(job_dir)
+def read_split(job_dir: pathlib.Path) -> dict[str, tuple]:
+    """The rows of split.csv by path, without the labels of test images."""
     with open(JobDir(str(job_dir)).split, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] != "test"]
-    return result, result["metrics"].pop("test"), rows
+        rows = list(csv.DictReader(file))
+    return {
+        row["path"]: ("" if row["split"] == "test" else row["label"], row["split"], row["content_hash"]) for row in rows
+    }
 
 
-def test_the_test_block_is_the_evaluation_of_the_exported_model(images, trained, tmp_path):
+def test_the_test_block_is_the_evaluation_of_the_exported_model(images, trained):
     job_dir, output = trained
-    metrics = json.loads(pathlib.Path(JobDir(str(job_dir)).metrics).read_text())
+    paths = JobDir(str(job_dir))
+    metrics = paths.read_metrics()
     test = metrics["test"]
-    evaluated = run_command(
-        "trainer.evaluate",
-        f"--model_dir={job_dir}/saved_model",
-        f"--data_dir={images}/test",
-        f"--report_dir={tmp_path}",
-        "--max_bad_fraction=0.1",
-    )
-    assert evaluated.returncode == 0, evaluated.stderr
-    expected = json.loads((tmp_path / "metrics.json").read_text())
+    folder = read_folder(f"{images}/test")
+    evaluated = evaluate(paths.saved_model, LabeledFolder(f"{images}/test", folder, batch_size=5, max_bad_fraction=0.1))
+    expected = validation_metrics(evaluated.examples.labels, evaluated.probabilities, ("a", "b"))
     assert (test["accuracy"], test["per_class"]) == (expected["val_accuracy"], expected["per_class"])
     assert (test["images"], metrics["bad_images"]) == (17, 1)
-    assert "test/a/a_003.jpg" in pathlib.Path(JobDir(str(job_dir)).bad_files).read_text()
+    assert 'test/a/a_003.jpg,"cannot be decoded' in pathlib.Path(paths.bad_files).read_text()
     shown = f"{test['accuracy']:.4f} ({test['low']:.4f} to {test['high']:.4f} with 95 % confidence, 17 images)"
     assert f"test accuracy {shown}" in output
-    page = pathlib.Path(JobDir(str(job_dir)).report_page).read_text()
+    page = pathlib.Path(paths.report_page).read_text()
     assert f"<strong>{formatting.percent(test['accuracy'], 2)}</strong>" in page
     assert '<section id="test">' in page
-    assert "Test accuracy: **" in pathlib.Path(JobDir(str(job_dir)).model_card).read_text()
+    assert "Test accuracy: **" in pathlib.Path(paths.model_card).read_text()
 
 
-def test_shuffled_test_labels_change_the_test_block_and_nothing_else(images, trained, tmp_path):
-    before = read_without_test(trained[0])
-    result = before[0]
-    shutil.copytree(images, tmp_path / "pictures")
-    shuffle_labels(tmp_path / "pictures" / "test")
-    run(tmp_path / "pictures", tmp_path / "job", *FLAGS)
-    after = read_without_test(tmp_path / "job")
-    assert_same(result, after[0])
-    assert before[1] != after[1]
-    assert before[2] == after[2]
-    for name in ("labels.txt", "saved_model/variables/variables.data-00000-of-00001", "report/val_accuracy.png"):
-        assert (trained[0] / name).read_bytes() == (tmp_path / "job" / name).read_bytes(), name
-    fingerprints = [
-        json.loads((job / "config.json").read_text())["fingerprint"] for job in (trained[0], tmp_path / "job")
-    ]
+def test_labels_from_a_file_and_shuffled_test_labels_change_the_test_block_and_nothing_else(images, trained, tmp_path):
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *shuffled_labels(images)])
+    run(images, tmp_path / "job", *FLAGS, f"--labels={tmp_path / 'labels.csv'}")
+    jobs = (trained[0], tmp_path / "job")
+    before, after = (read_result(job_dir) for job_dir in jobs)
+    assert before["metrics"].pop("test") != after["metrics"].pop("test")
+    assert_same(before, after)
+    assert read_split(jobs[0]) == read_split(jobs[1])
+    for name in ("labels.txt", "gradcam.json", "saved_model/variables/variables.data-00000-of-00001"):
+        assert (jobs[0] / name).read_bytes() == (jobs[1] / name).read_bytes(), name
+    fingerprints = [JobDir(str(job_dir)).read_config()["fingerprint"] for job_dir in jobs]
     assert fingerprints[0] == fingerprints[1]

@@ -10,22 +10,24 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from trainer.data import file_checks, shards
+from trainer.data import file_checks, label_file, shards
 from trainer.data.listing import BadFile, SplitFolders, list_files, side_of
 from trainer.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """N images: name (see listing.escape_name), class index, MD5 of the content as hex."""
+    """N images: name (see listing.escape_name), class index, MD5 of the content as hex; a group, if a label file names it."""
 
     paths: np.ndarray  # str objects [N]
     labels: np.ndarray  # int32 [N]
     hashes: np.ndarray  # str objects [N]
+    groups: np.ndarray | None = None  # str objects [N]; empty: a group of its own
 
     def take(self, indices: np.ndarray) -> "Examples":
         """The examples at those indices (or where a boolean mask is true), in that order."""
-        return Examples(self.paths[indices], self.labels[indices], self.hashes[indices])
+        groups = None if self.groups is None else self.groups[indices]
+        return Examples(self.paths[indices], self.labels[indices], self.hashes[indices], groups)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -42,6 +44,8 @@ class Folder:
     pack: shards.Pack | None = None  # the shards that hold the images
     split_folders: SplitFolders | None = None  # if the folder is split already
     notes: tuple[str, ...] = ()  # what of the folder is not used, and how it was recognized
+    labels_file: str = ""  # the file that names images and labels, if not the folders do
+    sides: np.ndarray | None = None  # str objects [N]: training, validation, test or empty, if a label file says so
 
 
 NO_EXAMPLES = Examples(np.array([], object), np.array([], np.int32), np.array([], object))
@@ -65,30 +69,46 @@ def read_folder(
     progress: bool = False,
     read_parallelism: int = 0,
     min_classes: int = 2,
+    labels_file: str = "",
 ) -> Folder:
     """Checks every file below `data_dir`/CLASS/ once, in parallel: its hash, and whether it looks like an image.
 
     A bucket lists the hashes, so only the ends of an object are read, `read_parallelism` at once (0: chosen here).
-    If `data_dir` contains folders such as train and val, or train and test, the classes are below these.
+    If `data_dir` contains folders such as train and val, or train and test, the classes are below these. A `labels_file`
+    names images and labels in place of the folders; see label_file.
 
     Raises:
       UserError: `data_dir` does not exist, has fewer than `min_classes` classes or a class without a readable image, or the
         fraction of bad files is above `max_bad_fraction`.
     """
     if pack := shards.open_pack(data_dir):
+        if labels_file:
+            raise UserError(
+                f"--data_dir={data_dir} holds shards, which have their labels: leave out --labels={labels_file}."
+            )
         return _from_pack(pack)
-    listing = list_files(data_dir, min_classes=min_classes)
+    if labels_file:
+        listing = label_file.list_files(labels_file, data_dir, min_classes=min_classes)
+    else:
+        listing = list_files(data_dir, min_classes=min_classes)
     for note in listing.notes:
         logging.warning("%s: %s.", data_dir, note)
     paths, class_names = listing.paths, listing.class_names
     checks = file_checks.check_files(data_dir, listing, progress=progress, read_parallelism=read_parallelism)
     bad_files = [BadFile(path, check.reason) for path, check in zip(paths, checks, strict=True) if check.reason]
+    if listing.lines:
+        lines = dict(zip(paths, listing.lines, strict=True))
+        bad_files = [
+            bad._replace(reason=f"{bad.reason} (line {lines[bad.path]} of {labels_file})") for bad in bad_files
+        ]
     bad_files += listing.bad_folders
+    is_readable = np.array([not check.reason for check in checks], bool)
     examples = Examples(
         np.array(paths, object),
         np.array(listing.labels, np.int32),
         np.array([check.content_hash for check in checks], object),
-    ).take(np.array([not check.reason for check in checks], bool))
+        None if listing.groups is None else np.array(listing.groups, object),
+    ).take(is_readable)
     _check_classes(data_dir, class_names, examples, bad_files)
     num_entries = len(paths) + len(listing.bad_folders)
     file_checks.check_bad_fraction(len(bad_files), num_entries, bad_files[:1], max_bad_fraction)
@@ -99,6 +119,8 @@ def read_folder(
         formats=frozenset(check.image_format for check in checks if not check.reason),
         split_folders=listing.split_folders,
         notes=listing.notes,
+        labels_file=labels_file,
+        sides=None if listing.sides is None else np.array(listing.sides, object)[is_readable],
     )
 
 
@@ -157,6 +179,7 @@ def _from_pack(pack: shards.Pack) -> Folder:
         np.array([record.path for record in pack.records], object),
         np.array([record.label for record in pack.records], np.int32),
         np.array([record.content_hash for record in pack.records], object),
+        _column([record.group for record in pack.records]),
     )
     manifest = pack.manifest
     split_folders = None
@@ -170,7 +193,13 @@ def _from_pack(pack: shards.Pack) -> Folder:
         formats=frozenset(manifest["kinds"]),
         pack=pack,
         split_folders=split_folders,
+        sides=_column([record.side for record in pack.records]),
     )
+
+
+def _column(values: list[str]) -> np.ndarray | None:
+    """The values as str objects [N], None if all are empty."""
+    return np.array(values, object) if any(values) else None
 
 
 def _check_classes(data_dir: str, class_names: tuple[str, ...], examples: Examples, bad_files: list[BadFile]) -> None:

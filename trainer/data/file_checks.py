@@ -63,7 +63,7 @@ def _plan(
 ) -> tuple[Executor, int, Callable[[list[str]], list[FileCheck]]]:
     """The executor, the number of files in a task, and the function that checks the files of a task."""
     cores = os.cpu_count() or 1
-    if files.is_remote(data_dir):
+    if files.is_remote(data_dir) or any(files.is_remote(path) for path in listed.paths):
         threads = read_parallelism or config.REMOTE_READ_PARALLELISM
         # A request takes longer than starting a task, so tasks are small.
         return ThreadPoolExecutor(threads), 8, functools.partial(_check_objects, data_dir, listed.objects)
@@ -93,7 +93,15 @@ def _check_portion(data_dir: str, paths: list[str]) -> list[FileCheck]:
 
 
 def _check_objects(data_dir: str, objects: "dict[str, gcs.ObjectInfo]", paths: list[str]) -> list[FileCheck]:
-    return [check_object(listing.join(data_dir, path), objects[path]) for path in paths]
+    """As _check_portion where some or all files are in a bucket; a label file may name an object that does not exist."""
+
+    def check(path: str) -> FileCheck:
+        url = listing.join(data_dir, path)
+        if not files.is_remote(url):
+            return check_file(url)
+        return check_object(url, objects[path]) if path in objects else FileCheck("", "does not exist")
+
+    return [check(path) for path in paths]
 
 
 def check_bad_fraction(bad: int, total: int, first: Iterable[BadFile], max_bad_fraction: float) -> None:

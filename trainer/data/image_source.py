@@ -50,7 +50,8 @@ class ImageSource:
         self._cache, self._cache_dir = cache, cache_dir
         self._num_files, self._max_bad_fraction = len(folder.examples) + len(folder.bad_files), max_bad_fraction
         self._is_jpeg = folder.formats == {"JPEG"}
-        is_slow = files.is_remote(data_dir) and not folder.pack
+        self._names_objects = any(files.is_remote(path) for path in self.paths)  # only a label file does
+        is_slow = (files.is_remote(data_dir) or self._names_objects) and not folder.pack
         self._parallelism = read_parallelism or (config.REMOTE_READ_PARALLELISM if is_slow else 0)
         self._read_shards: Callable[[str], bytes] | None = None
         self._decoded: ArraySource | None = None
@@ -88,7 +89,7 @@ class ImageSource:
     def _file_source(self, indices: np.ndarray) -> FileSource:
         paths = self.paths[indices]
         return FileSource(
-            directory="" if self._pack else self._data_dir,
+            directory="" if self._pack or self._names_objects else self._data_dir,
             paths=paths,
             network_input=self._network_input,
             on_unreadable=lambda index: self.record_unreadable([paths[index]]),
@@ -116,7 +117,7 @@ class ImageSource:
     def _unreadable_reason(self, path: str) -> str:
         if self._pack:
             return "its bytes in the shard are damaged: run trainer.pack again"
-        if not files.is_remote(self._data_dir):
+        if not files.is_remote(listing.join(self._data_dir, path)):
             check = file_checks.check_file(listing.join(self._data_dir, path))
             if check.reason:
                 return check.reason

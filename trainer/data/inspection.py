@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from trainer import cli
-from trainer.data import file_checks, formats, listing, splits
+from trainer.data import file_checks, formats, label_file, listing, splits
 from trainer.data.dataset import Examples
 from trainer.errors import UserError
 from trainer.storage import files
@@ -135,12 +135,14 @@ class Inspection:
         return sorted({*self.bad, *copies, *contradictions}, key=lambda file: file.path)
 
 
-def inspect(data_dir: str, *, progress: bool = False, threads: int | None = None) -> Inspection:
+def inspect(data_dir: str, *, progress: bool = False, threads: int | None = None, labels_file: str = "") -> Inspection:
     """Reads and decodes every file once, in parallel `threads` (None: one per core; for a bucket 16).
+
+    With a `labels_file`, these are the images that it names, and its bad rows are bad files; see label_file.
 
     Raises UserError if the folder cannot be listed or has fewer than two classes.
     """
-    listed = listing.list_files(data_dir)
+    listed = label_file.list_files(labels_file, data_dir) if labels_file else listing.list_files(data_dir)
     names = [listed.class_names[label] for label in listed.labels]
     threads = threads or (_REMOTE_THREADS if files.is_remote(data_dir) else os.cpu_count())
     decode = _decoder()

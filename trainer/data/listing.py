@@ -64,6 +64,9 @@ class Listing:
     split_folders: SplitFolders | None
     notes: tuple[str, ...]  # what of the directory is not used, and how it was recognized
     objects: "dict[str, gcs.ObjectInfo]"  # size and hash of each path in a bucket; empty for a local directory
+    sides: list[str] | None = None  # of each path, as in Folder.sides; None without a label file that has them
+    groups: list[str] | None = None  # of each path, as in Examples.groups; likewise
+    lines: list[int] | None = None  # of each path in the label file
 
 
 def list_files(data_dir: str, *, min_classes: int = 2) -> Listing:
@@ -159,8 +162,9 @@ def unescape_name(name: str) -> str:
 
 
 def join(data_dir: str, name: str) -> str:
-    """The path of a file in a data directory, given by the name in its Listing."""
-    return files.join(data_dir, unescape_name(name))
+    """The path of a file in a data directory, given by the name in its Listing. A label file may name others by full path."""
+    path = unescape_name(name)
+    return path if files.is_remote(path) or os.path.isabs(path) else files.join(data_dir, path)
 
 
 def _find_split_folders(scan: Scan, data_dir: str) -> tuple[SplitFolders | None, list[str]]:

@@ -78,8 +78,12 @@ def write_shards(
 
 
 def _fingerprint(folder: Folder, shard_bytes: int) -> str:
-    contents = list(zip(folder.examples.hashes, folder.examples.paths, strict=True))
-    return hashlib.sha256(repr((folder.class_names, contents, shard_bytes)).encode()).hexdigest()
+    examples = folder.examples
+    described: list[Any] = [folder.class_names, list(zip(examples.hashes, examples.paths, strict=True)), shard_bytes]
+    if folder.labels_file:  # else the paths say the rest
+        columns = (examples.labels, examples.groups, folder.sides)
+        described += [None if column is None else column.tolist() for column in columns]
+    return hashlib.sha256(repr(tuple(described)).encode()).hexdigest()
 
 
 def _existing_shards(output_dir: str, progress_path: str, fingerprint: str) -> list[dict[str, Any]]:
@@ -158,6 +162,8 @@ def _write_records(
                     shard=number,
                     offset=end + _HEADER_BYTES + serialized.index(contents),
                     num_bytes=len(contents),
+                    side="" if folder.sides is None else str(folder.sides[i]),
+                    group="" if examples.groups is None else str(examples.groups[i]),
                 )
                 records.append(record)
                 writer.write(serialized)

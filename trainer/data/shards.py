@@ -22,7 +22,7 @@ from trainer.storage import files
 
 MANIFEST = "manifest.json"
 FORMAT = "picture-shards-1"
-COLUMNS = ("position", "path", "label", "content_hash", "offset", "num_bytes")
+COLUMNS = ("position", "path", "label", "content_hash", "offset", "num_bytes", "side", "group")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ class ShardRecord:
     shard: int
     offset: int  # bytes, in the file of the shard
     num_bytes: int
+    side: str = ""  # as in Folder.sides and Examples.groups; an index of an earlier version has no such columns
+    group: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,6 +145,8 @@ def read_index(directory: str, number: int) -> list[ShardRecord] | None:
             shard=number,
             offset=int(row["offset"]),
             num_bytes=int(row["num_bytes"]),
+            side=row.get("side", ""),
+            group=row.get("group", ""),
         )
         for row in csv.DictReader(io.StringIO(contents.decode(), newline=""))
     ]

@@ -89,15 +89,22 @@ def choose(folder: Folder, *, validation_split: float, split_file: str, test_spl
     Raises UserError if the file is not a split.csv, a class or side has no image, or `test_split` cannot apply.
     """
     if split_file:
+        if folder.sides is not None:
+            raise UserError(
+                f"--split_file={split_file}, but the label file has a split column: leave out one of the two."
+            )
         return _as_in_file(folder, split_file)
     is_test = _is_test(folder, test_split)
-    rest = dataclasses.replace(folder, examples=folder.examples.take(~is_test))
-    if folder.split_folders and folder.split_folders.validation:
+    rest_sides = None if folder.sides is None else folder.sides[~is_test]
+    rest = dataclasses.replace(folder, examples=folder.examples.take(~is_test), sides=rest_sides)
+    if rest_sides is not None:
+        split = _as_in_column(rest.examples, rest_sides, validation_split)
+    elif folder.split_folders and folder.split_folders.validation:
         split = _as_in_folders(rest, folder.split_folders)
     else:
         split = split_by_content(rest.examples, validation_split)
     split = split._replace(test=folder.examples.take(is_test))
-    if len(split.test):
+    if len(split.test) or folder.sides is not None:
         _check_split(split, folder, "the split")
         _warn_of_shared_contents(split)
     return split
@@ -106,6 +113,10 @@ def choose(folder: Folder, *, validation_split: float, split_file: str, test_spl
 def _is_test(folder: Folder, test_split: float) -> np.ndarray:
     """Whether an example is a test image, bool [N]."""
     examples, test = folder.examples, folder.split_folders.test if folder.split_folders else ""
+    if folder.sides is not None and "test" in folder.sides:
+        if test_split:
+            raise UserError(f"--test_split={test_split:g}, but the split column names test images: leave out the flag.")
+        return folder.sides == "test"
     if test and test_split:
         raise UserError(f"--test_split={test_split:g}, but {test}/ holds the test images: leave out one of the two.")
     if test:
@@ -124,6 +135,20 @@ def _is_test(folder: Folder, test_split: float) -> np.ndarray:
     return is_test
 
 
+def _as_in_column(examples: Examples, sides: np.ndarray, validation_split: float) -> Split:
+    """The split of a label file, `sides` being those of the examples. Images without one are for training.
+
+    Without any for validation, the fraction is held out by content: of the images without a side, else of all.
+    """
+    is_validation = sides == "validation"
+    if not is_validation.any():
+        is_open = sides == ""
+        of = examples.take(is_open) if is_open.any() else examples
+        held_out = set(split_by_content(of, validation_split).validation.paths)
+        is_validation = np.array([path in held_out for path in examples.paths], bool)
+    return Split(examples.take(~is_validation), examples.take(is_validation))
+
+
 def _warn_of_shared_contents(split: Split) -> None:
     seen = {*split.training.hashes, *split.validation.hashes}
     shared = [path for path, content in zip(split.test.paths, split.test.hashes, strict=True) if content in seen]
@@ -140,6 +165,11 @@ def describe(folder: Folder, *, validation_split: float, split_file: str, test_s
     """The origin of the split, as one line for the log, the plan and config.json."""
     if split_file:
         return f"from {split_file}"
+    if folder.sides is not None:
+        origin = f"from the split column of {folder.labels_file or 'the packed label file'}"
+        first = f"; {test_split:g} of each class held out first as test images, by content" if test_split else ""
+        has_validation = "validation" in folder.sides
+        return origin + first + ("" if has_validation else f"; {validation_split:g} of each class held out, by content")
     by_content = f"{validation_split:g} of each class held out, by content"
     for_test = f"{test_split:g} of each class held out first as test images, by content"
     if not folder.split_folders:
