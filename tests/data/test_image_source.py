@@ -5,12 +5,14 @@ import json
 import sys
 
 import keras
+import numpy as np
 import pytest
 
+from tests.support.bucket import upload
 from tests.support.images import write_images
 from tests.support.processes import run_command
 from trainer.artifacts.job_dir import JobDir
-from trainer.data import splits
+from trainer.data import input_pipeline, splits
 from trainer.data.dataset import read_folder
 from trainer.data.image_source import ImageSource
 from trainer.data.input_pipeline import ImageCache
@@ -71,9 +73,13 @@ def test_unreadable_images_are_named_and_do_not_stop_the_job(tmp_path):
 @pytest.fixture
 def source(tmp_path):
     """Twenty images, of which at most a tenth may be bad."""
-    folder = read_folder(str(write_images(tmp_path, {"a": 10, "b": 10})))
+    return make_source(write_images(tmp_path, {"a": 10, "b": 10}))
+
+
+def make_source(data, labels_file: str = "") -> ImageSource:
+    folder = read_folder(str(data), labels_file=labels_file)
     return ImageSource(
-        str(tmp_path),
+        str(data),
         folder,
         splits.split_by_content(folder.examples, 0.2),
         network_input=NetworkInput(image_size=32, resize="stretch", preprocessing="caffe"),
@@ -93,6 +99,23 @@ def test_an_unreadable_image_is_recorded_with_its_present_reason(source, tmp_pat
         "a/a_000.jpg": "empty file",
         "b/b_000.jpg": "cannot be read: No such file or directory",
     }
+
+
+def test_a_label_file_may_name_images_on_disk_and_in_a_bucket(tmp_path, bucket_url):
+    data = write_images(tmp_path / "data", {"a": 3, "b": 3})
+    url = upload(data, f"{bucket_url}/data")
+    paths = sorted(path.relative_to(data) for path in data.rglob("*.jpg"))
+    rows = [f"{f'{url}/{path}' if path.parent.name == 'b' else path},{path.parent.name}\n" for path in paths]
+    (tmp_path / "labels.csv").write_text("path,label\n" + "".join(rows))
+    sources = [make_source(data), make_source(data, str(tmp_path / "labels.csv"))]
+    expected, actual = (
+        input_pipeline.decode_all(source.source(np.arange(6)), "", lambda count: None).values.numpy()
+        for source in sources
+    )
+    assert sources[1].paths.tolist() == [row.split(",")[0] for row in rows]
+    np.testing.assert_array_equal(actual, expected)
+    sources[1].record_unreadable([f"{url}/b/gone.jpg"])
+    assert "empty file" in sources[1].bad_files[f"{url}/b/gone.jpg"].reason
 
 
 def test_too_many_unreadable_images_are_the_users_error(source):
