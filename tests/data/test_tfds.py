@@ -37,7 +37,11 @@ class Beasts(tfds.core.GeneratorBasedBuilder):
             yield path.name, {"image": str(path), "file_name": path.name, "label": path.parent.name}
 
 class MoreBeasts(Beasts):
-    SPLITS = ("train",)
+    SPLITS = ("train", "test")
+
+    def _generate_examples(self, directory):
+        for key, example in super()._generate_examples(directory):
+            yield key, example if directory.endswith("train") else {**example, "label": -1}
 
 for builder in (Beasts, MoreBeasts):
     builder(data_dir=sys.argv[2]).download_and_prepare()
@@ -46,7 +50,7 @@ for builder in (Beasts, MoreBeasts):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A folder with two prepared datasets: `beasts` of train, validation and test, `more_beasts` of train alone."""
+    """A folder with two prepared datasets: `beasts` of three splits, `more_beasts` of train and unlabeled test images."""
     root = tmp_path_factory.mktemp("tfds")
     for seed, name in enumerate(("train", "validation", "test")):
         write_images(root / "source" / name, {"bear": 5, "wolf": 6}, seed=seed)
@@ -71,11 +75,12 @@ def test_a_dataset_keeps_its_classes_split_and_file_names(prepared, tmp_path, bu
 
 
 @pytest.mark.slow
-def test_a_dataset_without_a_validation_split_is_split_by_content(prepared, tmp_path):
+def test_a_dataset_without_validation_and_labeled_test_images_is_split_by_content(prepared, tmp_path):
     address = f"--data_dir=tfds:more_beasts@{prepared / 'prepared'}"
     shown = run_command("trainer.task", address, f"--job_dir={tmp_path}", "--dry_run", "--batch_size=2")
     assert shown.returncode == 0, shown.stderr
-    assert "9 to train on, 2 to validate" in shown.stdout
+    assert "9 to train on, 2 to validate, 0 bad" in shown.stdout
+    assert "split test left out" in shown.stderr
 
 
 @pytest.mark.slow
@@ -103,6 +108,10 @@ def test_an_unprepared_dataset_is_an_error_with_the_command(prepared, tmp_path):
             # in this process; other tests show that the errors of a child process arrive
             (tfds._write_folder if address != "tfds:" else tfds.write_folder)(address, str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_dataset_of_one_split_has_no_folders_of_a_split():
+    assert tfds._splits(["train", "unsupervised"], "tfds:x") == {"train": ""}
 
 
 def test_a_dataset_without_a_train_split_is_the_users_error():

@@ -95,7 +95,7 @@ def test_metrics_of_the_head_equal_those_of_one_process(finished, images):
 
 
 def test_a_fitted_head_is_that_of_one_process_on_both_workers(images, tmp_path):
-    flags = [*resumable_job.FITTED_HEAD, "--epochs=2"]
+    flags = [*resumable_job.FITTED_HEAD, "--epochs=2", "--test_split=0.1"]
     outputs = finish_workers(start_workers(images, tmp_path / "two", flags=flags))
     epochs = [re.findall(r"epoch \d+ \(\w+\): loss .* val_accuracy [\d.]+", output) for output in outputs]
     assert len(epochs[0]) == 3
@@ -107,6 +107,9 @@ def test_a_fitted_head_is_that_of_one_process_on_both_workers(images, tmp_path):
     for name in ("loss", "val_loss"):
         values = [[float(row[name]) for row in rows] for rows in (one, two)]
         np.testing.assert_allclose(values[0], values[1], rtol=1e-4, err_msg=name)
+    tests = [JobDir(str(tmp_path / name)).read_metrics()["test"] for name in ("one", "two")]
+    assert [test["images"] for test in tests] == [9, 9]
+    assert ["test accuracy" in output for output in outputs] == [True, False]
 
 
 def test_a_signal_to_one_worker_stops_both_and_they_resume(finished, images, tmp_path):

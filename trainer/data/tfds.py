@@ -111,8 +111,9 @@ def _write(builder: Any, address: str, directory: str) -> list[str]:
             "pass another dataset."
         )
     names = [key for key in _NAME_FEATURES if key in features]
-    splits = _splits(list(builder.info.splits), address)
-    left_out = set(builder.info.splits) - set(splits)
+    labeled = [name for name in builder.info.splits if name != "test" or _has_labels(builder, name, labels[0])]
+    splits = _splits(labeled, address)
+    left_out = sorted(set(builder.info.splits) - set(splits))
     class_names = [name.replace("/", "_") for name in features[labels[0]].names]
     for split, side in splits.items():
         dataset = builder.as_dataset(
@@ -121,9 +122,6 @@ def _write(builder: Any, address: str, directory: str) -> list[str]:
             read_config=tfds.ReadConfig(add_tfds_id=True),
         )
         for example in dataset.as_numpy_iterator():
-            if example[labels[0]] < 0 and side == "test":  # TFDS writes -1 where the labels are not public
-                left_out.add(split)
-                break
             class_name = class_names[int(example[labels[0]])]
             if listing.is_ignored(class_name):
                 raise UserError(
@@ -135,8 +133,13 @@ def _write(builder: Any, address: str, directory: str) -> list[str]:
             os.makedirs(folder, exist_ok=True)
             with open(os.path.join(folder, name.replace("/", "_")), "xb") as file:
                 file.write(example[images[0]])
-    read = [f"split {split} read" for split in splits if split not in left_out]
-    return read + [f"split {split} left out" for split in sorted(left_out)]
+    return [f"split {split} read" for split in splits] + [f"split {split} left out" for split in left_out]
+
+
+def _has_labels(builder: Any, split: str, label: str) -> bool:
+    """Whether the examples of a split have labels. TFDS writes -1 where they are not public."""
+    examples = builder.as_dataset(split=f"{split}[:1]").as_numpy_iterator()
+    return any(example[label] >= 0 for example in examples)
 
 
 def _splits(names: list[str], address: str) -> dict[str, str]:
