@@ -6,6 +6,7 @@ choices, whether a resumed run may change it, and whether workers may differ in 
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,12 @@ class Config:
     )
     split_file: str = flag(
         "", "The split.csv of an earlier run: its split is used instead of --validation_split.", resumable=True
+    )
+    group_by: str = flag(
+        "none",
+        "Which images stay on one side of the split. none: those of equal content; similar: also those that look alike to the "
+        "backbone, such as copies and frames of one scene; or a regular expression whose first group (or whole match) in the "
+        "path below data_dir names the scene, patient or camera, as in 'scene_([0-9]+)'.",
     )
     image_size: int = flag(
         224,
@@ -372,12 +379,18 @@ class Config:
             )
         if self.labels and self.data_dir.startswith("tfds:"):
             raise UserError(f"--labels={self.labels} with --data_dir={self.data_dir}, which has labels: leave out one.")
+        if self.test_split and self.group_by == "similar":
+            raise UserError(
+                f"--test_split={self.test_split:g} with --group_by=similar: images similar to test images would stay in "
+                "training. Pass a folder test/, or a regular expression as --group_by."
+            )
         if self.test_split and self.split_file:
             raise UserError(
                 f"--test_split={self.test_split:g} with --split_file={self.split_file}, which says by itself which images "
                 "are test images: leave out one of the two."
             )
         self._check_accumulation()
+        self._check_groups()
         if self.max_cost and not self.price_per_hour:
             raise UserError(f"--max_cost is {self.max_cost}, but --price_per_hour is not set: pass both.")
         shortest_stage = min((epochs for epochs in (self.head_epochs, self.epochs) if epochs > 0), default=math.inf)
@@ -409,6 +422,26 @@ class Config:
             raise UserError(
                 f"--accumulate_steps={parts} with trained batch-norm statistics, which would be those of the parts and not "
                 "of the batch: pass --batch_norm=frozen, or leave it out."
+            )
+
+    def _check_groups(self) -> None:
+        if self.group_by == "none":
+            return
+        try:
+            re.compile(self.group_by)
+        except re.error as error:
+            raise UserError(
+                f"--group_by={self.group_by} is not a regular expression ({error}): pass one that finds the name of the "
+                "scene, patient or camera in a path, or none, or similar."
+            ) from None
+        if self.group_by == "similar" and not self.head_epochs:
+            raise UserError(
+                "--group_by=similar with --head_epochs=0: what looks alike is found by the features of the head, which are "
+                "not computed then. Leave one of them out, or pass a regular expression."
+            )
+        if self.split_file:
+            raise UserError(
+                f"--group_by={self.group_by}, but --split_file={self.split_file} is the split: leave one of them out."
             )
 
     @property

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -20,7 +21,7 @@ from trainer import cli, config, formatting
 from trainer.artifacts import metrics, run_record
 from trainer.artifacts.job_dir import JobDir
 from trainer.config import Config
-from trainer.data import input_pipeline, sampler
+from trainer.data import groups, input_pipeline, sampler, splits
 from trainer.data.dataset import Folder, Split
 from trainer.data.image_source import ImageSource
 from trainer.data.preprocessing import NetworkInput
@@ -38,7 +39,7 @@ from trainer.runtime.worker_watch import WorkerWatch
 from trainer.serving import evaluation, exporter
 from trainer.serving.exporter import FinishedRun
 from trainer.storage import files, lock
-from trainer.training import calibration, failures, job_stages, label_review, training_images
+from trainer.training import calibration, failures, job_stages, label_review, look_alikes, training_images
 from trainer.training.cost import Cost
 from trainer.training.interruption import StopReason, TrainingInterrupted
 from trainer.training.progress import ProgressReporter
@@ -65,6 +66,7 @@ class PreparedJob:
     stop: StopSignal
     report_metrics: Callable[[dict], None]
     build_network: Callable[..., Network] = networks.build
+    is_split_final: bool = True  # False: it does not know yet what is similar
 
     @property
     def network_input(self) -> NetworkInput:
@@ -291,11 +293,18 @@ def _write_run_info(job: Job) -> None:
 def _train_and_export(job: Job, finished: FinishedRun) -> None:
     """Raises TrainingInterrupted after a signal. At the cost limit, it exports the best weights so far."""
     network = _build_network(job)
+    if not job.prepared.is_split_final:
+        try:
+            job = _with_similar_together(job, network)
+        except TrainingInterrupted as interruption:
+            if interruption.reason != StopReason.COST_LIMIT:
+                raise
+            _log_cost_limit(job, has_model=False)
+            return
+        finished = _finished_run(job.prepared, job.paths)
     inputs = _stage_inputs(job, network)
     trainer = _make_trainer(job, network)
-    if job.images.num_unfetched_shards:
-        with job.progress.bar("fetching shards", job.images.num_unfetched_shards) as bar:
-            job.images.fetch_shards(bar.update)
+    _fetch_shards(job)
     writer: ReportWriter | None = None
     if job.is_chief:
         writer = ReportWriter(job.settings.job_dir, TensorBoard(job.settings.tensorboard_dir, job.settings.as_dict()))
@@ -316,14 +325,43 @@ def _train_and_export(job: Job, finished: FinishedRun) -> None:
     if not writer:
         return  # only the chief exports
     if is_stopped_by_cost:
-        logging.warning(
-            f"Stopped: the job has cost {job.cost.total():.2f}, the limit is --max_cost={job.settings.max_cost}. "
-            f"Everything is saved in {job.settings.job_dir}; the same command with a higher --max_cost resumes the run."
-            + ("" if trainer.best.epoch else " No epoch is complete, so there is no model yet.")
-        )
+        _log_cost_limit(job, has_model=bool(trainer.best.epoch))
     if trainer.best.epoch:
         job.paths.write_bad_files(job.images.bad_files.values())
         _finish(job, finished, inputs, trainer, writer, is_stopped_by_cost=is_stopped_by_cost)
+
+
+def _log_cost_limit(job: Job, *, has_model: bool) -> None:
+    logging.warning(
+        f"Stopped: the job has cost {job.cost.total():.2f}, the limit is --max_cost={job.settings.max_cost}. "
+        f"Everything is saved in {job.settings.job_dir}; the same command with a higher --max_cost resumes the run."
+        + ("" if has_model else " No epoch is complete, so there is no model yet.")
+    )
+
+
+def _fetch_shards(job: Job) -> None:
+    if job.images.num_unfetched_shards:
+        with job.progress.bar("fetching shards", job.images.num_unfetched_shards) as bar:
+            job.images.fetch_shards(bar.update)
+
+
+def _with_similar_together(job: Job, network: Network) -> Job:
+    """The job with another split, in which images that look alike are on one side. Raises as job_stages.similar_groups."""
+    _check_workers_agree(job, position=None)
+    _fetch_shards(job)
+    found = job_stages.similar_groups(job.settings, _stage_inputs(job, network), feature_dir=job.feature_dir)
+    examples, test = job.prepared.folder.examples, job.prepared.split.test
+    test_paths = set(test.paths)
+    examples = examples.take(np.array([path not in test_paths for path in examples.paths], bool))
+    names = groups.names_of_similar(found[np.searchsorted(job.images.paths, examples.paths)], examples)
+    split = splits.split_by_content(examples, job.settings.validation_split, names)._replace(test=test)
+    job.images.set_split(split)
+    fingerprint = splits.fingerprint(split, job.class_names)
+    prepared = dataclasses.replace(job.prepared, split=split, fingerprint=fingerprint, is_split_final=True)
+    job = dataclasses.replace(job, prepared=prepared)
+    if job.is_chief:
+        _write_run_info(job)
+    return job
 
 
 def _build_network(job: Job) -> Network:
@@ -370,16 +408,16 @@ def _make_trainer(job: Job, network: Network) -> Trainer:
     )
     if trainer.resume():
         logging.info("Resuming from the checkpoint after epoch %d.", len(trainer.state.history))
-    _check_workers_agree(job, trainer)
+    _check_workers_agree(job, trainer.position())
     job.cost.seconds_before = trainer.state.seconds
     return trainer
 
 
-def _check_workers_agree(job: Job, trainer: Trainer) -> None:
+def _check_workers_agree(job: Job, position: object) -> None:
     """Raises UserError on every worker if one of them has other flags, other images or another checkpoint than the chief."""
     values = job.settings.as_dict().items()
     flags = {name: value for name, value in values if name not in config.MAY_DIFFER_BETWEEN_WORKERS}
-    fingerprint, position = job.prepared.fingerprint, trainer.position()
+    fingerprint = job.prepared.fingerprint
     mismatched = agreement.find_mismatched_replica(repr((flags, fingerprint, job.precision, position)), job.devices)
     if mismatched is not None:
         raise UserError(
@@ -460,6 +498,7 @@ def _finish(
 ) -> None:
     """Exports the best weights and writes the last files of a run."""
     features = job_stages.read_features(job.settings, inputs, feature_dir=job.feature_dir)
+    alike = look_alikes.review(inputs, features, trainer.best, job.class_names)
     reviewed = label_review.review(job.settings, inputs, features, trainer.best)
     job.paths.write_label_issues(*reviewed.listed(), job.class_names)
     examples = job.prepared.split.validation.take(trainer.best.is_readable)
@@ -476,6 +515,7 @@ def _finish(
     values = {
         **_metrics(job, trainer),
         **reviewed.metrics(),
+        **alike,
         "export_differences": differences,
         "calibration": calibrated.as_json(),
     }

@@ -20,7 +20,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from absl import flags, logging
 
@@ -29,7 +28,7 @@ from trainer.artifacts import job_dir
 from trainer.artifacts.job_dir import JobDir
 from trainer.config import Config
 from trainer.data import label_file, sampler, splits
-from trainer.data.dataset import Split, check_layout, read_folder
+from trainer.data.dataset import Folder, Split, check_layout, read_folder
 from trainer.errors import UserError
 from trainer.reporting import tuner_metrics
 from trainer.runtime import cluster
@@ -97,12 +96,12 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
             labels_file=settings.labels,
         )
         check_layout(settings.data_dir, folder, accept_layout=settings.accept_layout)
-        chosen_by: dict[str, Any] = {
-            "validation_split": settings.validation_split,
-            "test_split": settings.test_split,
-            "split_file": settings.split_file,
+        how_to_split = {
+            name: getattr(settings, name) for name in ("validation_split", "test_split", "split_file", "group_by")
         }
-        split, origin = splits.choose(folder, **chosen_by), splits.describe(folder, **chosen_by)
+        recorded = _recorded_split(settings, folder)
+        split = recorded or splits.choose(folder, **how_to_split)
+        origin = splits.describe(folder, **how_to_split)
         profile_range = _checked_profile_range(settings, split)
         fingerprint = splits.fingerprint(split, folder.class_names)
         settings = _with_earlier_flags(settings, fingerprint, split, folder.class_names)
@@ -130,8 +129,21 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
             stop=stop,
             report_metrics=tuner_metrics.make_reporter(os.environ),
             build_network=build_network or job.networks.build,
+            is_split_final=settings.group_by != "similar" or recorded is not None,
         )
         return job.run(prepared)
+
+
+def _recorded_split(settings: Config, folder: Folder) -> Split | None:
+    """With --group_by=similar, the split of the run in job_dir, which is not computed again; None without one.
+
+    Also None if images were added, so that the resume is refused.
+    """
+    paths = JobDir(settings.job_dir)
+    if settings.group_by != "similar" or not (paths.has_progress() and files.exists(paths.split)):
+        return None
+    split = splits.choose(folder, validation_split=settings.validation_split, split_file=paths.split)
+    return split if sum(map(len, split)) == len(folder.examples) else None
 
 
 def _check_export_packages(export_formats: str) -> None:

@@ -289,10 +289,12 @@ def test_a_job_dir_of_another_run_is_refused_and_not_changed(finished, images, t
 
 @pytest.mark.slow
 def test_dry_run_prints_the_plan_and_writes_nothing(images, tmp_path):
-    answer = run_command("trainer.task", f"--data_dir={images}", f"--job_dir={tmp_path / 'j'}", *FLAGS, "--dry_run")
+    answer = run_command("trainer.task", f"--data_dir={images}", f"--job_dir={tmp_path / 'j'}", *FLAGS, "--dry_run",
+                         "--group_by=.+")  # fmt: skip
     assert answer.returncode == 0, answer.stderr
     for text in ("28 to train on, 7 to validate", "'cat': 12 + 3", "2 epochs of 4 steps", "23,593,859 parameters",
-                 f"{tmp_path}/j/saved_model", "--learning_rate=0.001", "float32"):  # fmt: skip
+                 f"{tmp_path}/j/saved_model", "--learning_rate=0.001", "float32",
+                 "in whole groups (--group_by=.+)"):  # fmt: skip
         assert text in answer.stdout
     assert not (tmp_path / "j").exists()
 

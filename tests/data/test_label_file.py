@@ -210,3 +210,16 @@ def test_the_images_of_a_label_file_are_inspected(data, tmp_path):
     result = inspection.inspect(str(data), threads=1, labels_file=labels_file)
     assert result.class_counts == {"cat": 10, "dog": 7}
     assert [file.path for file in result.bad] == ["dog/gone.jpg", "labels.csv:20"]
+
+
+def test_groups_of_the_label_file_stay_on_one_side(data, tmp_path):
+    rows = [(path, label, int(path[-5]) // 2) for path, label in sorted(rows_of(data))]
+    folder = read_folder(str(data), labels_file=write_csv(tmp_path / "labels.csv", [("path", "label", "group"), *rows]))
+    flags = {"validation_split": 0.2, "split_file": "", "test_split": 0.2}
+    split = splits.choose(folder, **flags)
+    groups = [set(side.groups) for side in split]
+    assert all(len(side) >= 3 for side in split)
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 5
+    assert "in whole groups (of the label file)" in splits.describe(folder, **flags)
+    with pytest.raises(UserError, match="the label file has a split or group column"):
+        splits.choose(folder, **flags, group_by="cat")

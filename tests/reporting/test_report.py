@@ -318,6 +318,29 @@ def test_heat_maps_cover_their_images(tmp_path):
     assert heat[:12, :, 3].max() < 30
 
 
+def test_look_alikes_are_shown_side_by_side_with_the_accuracy_without_them(tmp_path):
+    job_dir = make_job_dir(tmp_path)
+    metrics = json.loads((job_dir / "metrics.json").read_text())
+    pair = {"path": f"{SCRIPT}/0.png", "label": SCRIPT, "training_path": f"{MATH}/3.png", "training_label": MATH}
+    alike = {"images": 3, "val_accuracy_without": 0.6, "min_cosine": 0.95, "pairs": [{**pair, "cosine": 0.9713}]}
+    (job_dir / "metrics.json").write_text(json.dumps({**metrics, "look_alikes": alike}))
+    report.write(str(job_dir), only_page=True)
+    page = Page(job_dir)
+    assert (
+        "3 of 8 validation images look like a training image: the cosine of their features is above 0.95" in page.text
+    )
+    assert "Without them the validation accuracy is 60.00 % , with them 75.00 %" in page.text
+    assert "0.971, two labels" in page.text
+    alternatives = [attributes["alt"] for attributes in page.images()]
+    index = alternatives.index(f"{MATH}/3.png")
+    assert alternatives[index - 1] == f"{SCRIPT}/0.png"
+    assert ("a", {"href": "#look-alikes"}) in page.tags
+    metrics["look_alikes"] = {"images": 0, "val_accuracy_without": 0.75, "min_cosine": 0.95, "pairs": []}
+    (job_dir / "metrics.json").write_text(json.dumps(metrics))
+    report.write(str(job_dir), only_page=True)
+    assert "None of 8 validation images look like a training image" in Page(job_dir).text
+
+
 def test_the_page_is_the_same_without_the_other_figures(finished, tmp_path):
     report.write(str(finished), report_dir=str(tmp_path), only_page=True)
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]

@@ -233,6 +233,11 @@ class RunRecord:
         return [{**row, "split": sides.get(row["path"], "")} for row in self.label_issues[:_MAX_DOUBTFUL]]
 
     @functools.cached_property
+    def look_alikes(self) -> dict[str, Any]:
+        """What metrics.json says of the validation images that look like a training image; {} if it was not computed."""
+        return self.metrics.get("look_alikes", {})
+
+    @functools.cached_property
     def mistakes(self) -> list[dict[str, Any]]:
         """The first wrong predictions, most confident first."""
         wrong = (row for row in self.predictions if not row["correct"])

@@ -43,7 +43,7 @@ class ImageSource:
         order = np.argsort(paths)
         self.paths = paths[order]
         self.hashes = np.concatenate([side.hashes for side in sides])[order].tolist()
-        self.split_indices = np.split(np.argsort(order), [len(split.training)])
+        self.set_split(split)
         self.bad_files = {bad.path: bad for bad in folder.bad_files}
         self.failure: OSError | None = None
         self._data_dir, self._pack, self._network_input = data_dir, folder.pack, network_input
@@ -55,6 +55,10 @@ class ImageSource:
         self._parallelism = read_parallelism or (config.REMOTE_READ_PARALLELISM if is_slow else 0)
         self._read_shards: Callable[[str], bytes] | None = None
         self._decoded: ArraySource | None = None
+
+    def set_split(self, split: Split) -> None:
+        """Splits the same images in this way from now on."""
+        self.split_indices = [np.searchsorted(self.paths, side.paths) for side in (split.training, split.validation)]
 
     @property
     def num_unfetched_shards(self) -> int:

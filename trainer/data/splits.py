@@ -13,33 +13,44 @@ from typing import TextIO
 import numpy as np
 from absl import logging
 
+from trainer.data import groups
 from trainer.data.dataset import Examples, Folder, Split
 from trainer.data.listing import SplitFolders
 from trainer.errors import UserError
 from trainer.storage import files
 
 
-def split_by_content(examples: Examples, validation_split: float) -> Split:
+def split_by_content(examples: Examples, validation_split: float, group_names: np.ndarray | None = None) -> Split:
     """Holds out the fraction `validation_split` of each class, exact up to rounding and groups of equal content.
 
-    A class with two different images or more has at least one in validation, and always one in training.
+    A class with two different images or more has at least one in validation, and always one in training. With
+    `group_names`, str objects [N], whole groups are held out (see groups.hold_out).
 
     Raises UserError if nothing can be held out.
     """
-    is_validation = _held_out(examples, validation_split, keep=1)
+    is_validation = _held_out(examples, validation_split, group_names, keep=1)
+    if not is_validation.any() and group_names is not None:
+        raise UserError(
+            "No class has images of two groups, so none can be held out for validation: add images, or pass another "
+            "--group_by."
+        )
     if not is_validation.any():
         raise UserError("No class has two different images, so none can be held out for validation: add images.")
     return Split(examples.take(~is_validation), examples.take(is_validation))
 
 
-def _held_out(examples: Examples, fraction: float, *, keep: int, from_end: bool = False) -> np.ndarray:
+def _held_out(
+    examples: Examples, fraction: float, group_names: np.ndarray | None, *, keep: int, from_end: bool = False
+) -> np.ndarray:
     """Whether an example is held out, bool [N].
 
     Within a class, files of equal content form a group. Groups are sorted by their hash, and the first, or the last with
     `from_end`, are held out until the fraction is reached; `keep` groups of each class always stay. The result therefore
     depends neither on the machine nor on paths or their order, and adding or removing a file moves at most one other group
-    across the border.
+    across the border. With `group_names`, whole groups are held out (see groups.hold_out).
     """
+    if group_names is not None:
+        return groups.hold_out(examples, group_names, fraction)
     held_out = np.zeros(len(examples), bool)
     for label in np.unique(examples.labels):
         members = np.flatnonzero(examples.labels == label)
@@ -79,14 +90,17 @@ def write_split(file: TextIO, split: Split, class_names: tuple[str, ...]) -> Non
             writer.writerow((path, class_names[label], name, content_hash))
 
 
-def choose(folder: Folder, *, validation_split: float, split_file: str, test_split: float = 0.0) -> Split:
+def choose(
+    folder: Folder, *, validation_split: float, split_file: str, test_split: float = 0.0, group_by: str = "none"
+) -> Split:
     """The split of `split_file` if it is given, else of the folders train and val if they exist, else by content.
 
     Without a folder of test images, the fraction `test_split` of each class is the test set: by content, taken first and
     from the other end than validation, so that the rest is split as a folder without these images is. A class of three
-    different images or more gives at least one.
+    different images or more gives at least one. Groups, those of `group_by`, the value of --group_by, or of a label file,
+    are held out whole, and are the `groups` of the result.
 
-    Raises UserError if the file is not a split.csv, a class or side has no image, or `test_split` cannot apply.
+    Raises UserError if the file is not a split.csv, a class or side has no image, or `test_split` or `group_by` cannot apply.
     """
     if split_file:
         if folder.sides is not None:
@@ -94,6 +108,7 @@ def choose(folder: Folder, *, validation_split: float, split_file: str, test_spl
                 f"--split_file={split_file}, but the label file has a split column: leave out one of the two."
             )
         return _as_in_file(folder, split_file)
+    folder = dataclasses.replace(folder, examples=_with_groups(folder, group_by))
     is_test = _is_test(folder, test_split)
     rest_sides = None if folder.sides is None else folder.sides[~is_test]
     rest = dataclasses.replace(folder, examples=folder.examples.take(~is_test), sides=rest_sides)
@@ -102,12 +117,30 @@ def choose(folder: Folder, *, validation_split: float, split_file: str, test_spl
     elif folder.split_folders and folder.split_folders.validation:
         split = _as_in_folders(rest, folder.split_folders)
     else:
-        split = split_by_content(rest.examples, validation_split)
+        split = split_by_content(rest.examples, validation_split, rest.examples.groups)
     split = split._replace(test=folder.examples.take(is_test))
     if len(split.test) or folder.sides is not None:
         _check_split(split, folder, "the split")
         _warn_of_shared_contents(split)
     return split
+
+
+def _with_groups(folder: Folder, group_by: str) -> Examples:
+    """The examples with the groups that `group_by` finds in their paths, or else with those of the label file."""
+    named = folder.split_folders
+    if group_by == "none":
+        return folder.examples
+    if named and named.validation:
+        raise UserError(
+            f"--group_by={group_by}, but the folders {named.training}/ and {named.validation}/ are the split: leave it out."
+        )
+    if folder.examples.groups is not None or folder.sides is not None:
+        raise UserError(
+            f"--group_by={group_by}, but the label file has a split or group column: leave out one of the two."
+        )
+    if group_by == "similar":  # features tell later what is similar
+        return folder.examples
+    return dataclasses.replace(folder.examples, groups=groups.names_in_paths(folder.examples.paths, group_by))
 
 
 def _is_test(folder: Folder, test_split: float) -> np.ndarray:
@@ -126,7 +159,7 @@ def _is_test(folder: Folder, test_split: float) -> np.ndarray:
         return is_test
     if not test_split:
         return np.zeros(len(examples), bool)
-    is_test = _held_out(examples, test_split, keep=2, from_end=True)
+    is_test = _held_out(examples, test_split, examples.groups, keep=2, from_end=True)
     if not is_test.any():
         raise UserError(
             f"--test_split={test_split:g}, but no class has three different images, one each for training, validation and "
@@ -144,7 +177,7 @@ def _as_in_column(examples: Examples, sides: np.ndarray, validation_split: float
     if not is_validation.any():
         is_open = sides == ""
         of = examples.take(is_open) if is_open.any() else examples
-        held_out = set(split_by_content(of, validation_split).validation.paths)
+        held_out = set(split_by_content(of, validation_split, of.groups).validation.paths)
         is_validation = np.array([path in held_out for path in examples.paths], bool)
     return Split(examples.take(~is_validation), examples.take(is_validation))
 
@@ -161,17 +194,22 @@ def _warn_of_shared_contents(split: Split) -> None:
         )
 
 
-def describe(folder: Folder, *, validation_split: float, split_file: str, test_split: float = 0.0) -> str:
+def describe(
+    folder: Folder, *, validation_split: float, split_file: str, test_split: float = 0.0, group_by: str = "none"
+) -> str:
     """The origin of the split, as one line for the log, the plan and config.json."""
     if split_file:
         return f"from {split_file}"
+    what = {"none": "", "similar": " and with look-alikes on one side"}
+    grouped = what.get(group_by, f", in whole groups (--group_by={group_by})")
+    grouped = grouped if folder.examples.groups is None else ", in whole groups (of the label file)"
+    by_content = f"{validation_split:g} of each class held out, by content{grouped}"
+    for_test = f"{test_split:g} of each class held out first as test images, by content{grouped}"
     if folder.sides is not None:
         origin = f"from the split column of {folder.labels_file or 'the packed label file'}"
-        first = f"; {test_split:g} of each class held out first as test images, by content" if test_split else ""
+        first = f"; {for_test}" if test_split else ""
         has_validation = "validation" in folder.sides
-        return origin + first + ("" if has_validation else f"; {validation_split:g} of each class held out, by content")
-    by_content = f"{validation_split:g} of each class held out, by content"
-    for_test = f"{test_split:g} of each class held out first as test images, by content"
+        return origin + first + ("" if has_validation else f"; {by_content}")
     if not folder.split_folders:
         return f"{for_test}; then {by_content}" if test_split else by_content
     named = folder.split_folders

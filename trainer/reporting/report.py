@@ -96,6 +96,7 @@ def _page(run: RunRecord, *, mistakes: list, pngs: dict[str, bytes]) -> str:
         mistakes=mistakes,
         uncertain=thumbnails.with_images(run, run.uncertain),
         doubtful=thumbnails.with_images(run, run.doubtful),
+        pairs=thumbnails.of_pairs(run),
         by_f1=by_f1,
         stage_times=_stage_times(run),
         # Markup: matplotlib has escaped the text in the figures.

@@ -55,6 +55,16 @@ def of_groups(data_dir: str, groups: list[list[InspectedFile]], *, num_groups: i
     return [[values(file) for file in group] for group in shown]
 
 
+def of_pairs(run: RunRecord) -> list[dict[str, Any]]:
+    """The pairs of run.look_alikes with `uri` and `training_uri` of their images, "" if one cannot be read."""
+    pairs = run.look_alikes.get("pairs", [])
+    images = _thumbnails(
+        run.flags["data_dir"], [pair[key] for pair in pairs for key in ("path", "training_path")], _REPORT_SIZE
+    )
+    uris = iter(["" if image is None else _jpeg_uri(image) for image in images])
+    return [{**pair, "uri": next(uris), "training_uri": next(uris)} for pair in pairs]
+
+
 def thumbnail(data_dir: str, path: str, size: int) -> Any:
     """An image of a data directory: PIL, upright, RGB, `size` pixels on the longer side; None if it cannot be read."""
     from PIL import Image, ImageOps

@@ -2,17 +2,22 @@
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 from absl import logging
 
 from trainer import formatting, recipes
 from trainer.config import Config
+from trainer.errors import UserError
 from trainer.models import networks
-from trainer.training import stages
+from trainer.runtime import agreement
+from trainer.training import look_alikes, stages
 from trainer.training.inference import ModelOutputs
 from trainer.training.loop import ProfileRange
 from trainer.training.optimizer import Recipe
 from trainer.training.stages import StageInputs
 from trainer.training.trainer import HEAD, WHOLE_NETWORK, Stage, Trainer
+
+MAX_GROUP_SHARE = 0.5  # of the images: what is left to hold out beside a larger group is no sample of them
 
 
 def remaining_stages(
@@ -88,6 +93,33 @@ def read_features(settings: Config, inputs: StageInputs, *, feature_dir: str) ->
     if not settings.head_epochs:
         return None
     return stages.read_features(inputs, feature_dir=feature_dir, feature_source=feature_source(settings, inputs))
+
+
+def similar_groups(settings: Config, inputs: StageInputs, *, feature_dir: str) -> np.ndarray:
+    """The group of each image by look_alikes.groups, int64 [N + V] in the order of images.paths, the same on all workers.
+
+    Raises UserError if more than MAX_GROUP_SHARE of the images are one group, and as stages.cached_features.
+    """
+    features = stages.cached_features(
+        inputs, feature_dir=feature_dir, feature_source=feature_source(settings, inputs), batch_times=[]
+    )
+    found = look_alikes.groups(features).astype(np.float32) if inputs.is_chief else None  # exact below 16 million
+    groups = agreement.from_chief(found, (len(features.values),), inputs.devices).astype(np.int64)
+    sizes = np.bincount(groups)
+    logging.info(
+        "Of %d images, %d look like another one; the largest of %d groups has %d.",
+        len(groups),
+        sizes[sizes > 1].sum(),
+        np.count_nonzero(sizes > 1),
+        sizes.max(),
+    )
+    if sizes.max() > MAX_GROUP_SHARE * len(groups):
+        raise UserError(
+            f"--group_by=similar: {sizes.max()} of {len(groups)} images look alike to the backbone and form one group, as "
+            "happens where all have the same background: pass a regular expression that finds the scene in the path, or "
+            "--group_by=none."
+        )
+    return groups
 
 
 def _log_cost_of_finetuning(settings: Config, stage: Stage, num_training: int) -> None:

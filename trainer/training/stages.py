@@ -73,15 +73,9 @@ def head_stage(
     features are too many for that. `feature_source` is what the features depend on besides the images and the
     precision. Raises UserError if too many images cannot be decoded, and TrainingInterrupted.
     """
-    images, name = inputs.images, _feature_name(inputs, feature_source)
-    logging.info("Features of %d images: read from %s, or computed and kept there.", len(images.paths), feature_dir)
+    images = inputs.images
     batch_times: list[tuple[float, int]] = []
-    compute = _feature_function(inputs, batch_times)
-    outputs = feature_cache.load_or_compute(
-        feature_dir, name, len(images.paths), compute, is_chief=inputs.is_chief, devices=inputs.devices
-    )
-    images.record_unreadable(images.paths[~outputs.is_readable])
-    images.check_bad_fraction()
+    outputs = cached_features(inputs, feature_dir=feature_dir, feature_source=feature_source, batch_times=batch_times)
     sources = [
         ArraySource(tf.constant(outputs.values[index]), tf.constant(outputs.is_readable[index].astype(np.float32)))
         for index in images.split_indices
@@ -109,6 +103,29 @@ def head_stage(
 def compute_features(inputs: StageInputs) -> ModelOutputs:
     """Features float32 [N, F] of all images by the frozen backbone, in the order of images.paths."""
     return _feature_function(inputs, [])(0, len(inputs.images.paths), lambda outputs: None)
+
+
+def cached_features(
+    inputs: StageInputs, *, feature_dir: str, feature_source: tuple, batch_times: list[tuple[float, int]]
+) -> ModelOutputs:
+    """The features of all images, in the order of images.paths: read from `feature_dir`, or computed and kept there.
+
+    Adds to `batch_times` as _feature_function does. Raises UserError if too many images cannot be decoded, and
+    TrainingInterrupted.
+    """
+    images = inputs.images
+    logging.info("Features of %d images: read from %s, or computed and kept there.", len(images.paths), feature_dir)
+    outputs = feature_cache.load_or_compute(
+        feature_dir,
+        _feature_name(inputs, feature_source),
+        len(images.paths),
+        _feature_function(inputs, batch_times),
+        is_chief=inputs.is_chief,
+        devices=inputs.devices,
+    )
+    images.record_unreadable(images.paths[~outputs.is_readable])
+    images.check_bad_fraction()
+    return outputs
 
 
 def read_features(inputs: StageInputs, *, feature_dir: str, feature_source: tuple) -> ModelOutputs | None:
