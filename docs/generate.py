@@ -74,6 +74,8 @@ SPANISH_TRAINER = {
     "serve.py": "sirve un modelo por HTTP",
     "pack.py": "empaqueta archivos pequeños en fragmentos TFRecord",
     "job.py": "el trabajo completo: de los datos preparados al modelo exportado y al informe",
+    "job_results.py": "lo que escribe un trabajo: sus archivos y el modelo exportado",
+    "prepared_job.py": "los valores de un trabajo, preparados por un comando",
     "config.py": "la configuración; cada campo es una opción",
     "earlier_runs.py": "la configuración de una ejecución anterior, comparada con la actual",
     "flag_info.py": "lo que un campo de la configuración dice de su opción",

@@ -13,6 +13,8 @@ LAYERS = [
     ["__main__"],  # imports the module of one command by its name, when it starts it
     COMMANDS,
     ["job"],
+    ["job_results"],
+    ["prepared_job"],
     ["serving", "benchmarks"],
     ["training", "reporting"],
     ["models", "artifacts"],

@@ -6,113 +6,33 @@ Shapes: N training and V validation examples, F features, C classes.
 import contextlib
 import dataclasses
 import functools
-import platform
-import shlex
 import time
-from collections.abc import Callable
-from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from trainer import cli, config, formatting
-from trainer.artifacts import metrics, run_record
+from trainer import cli, config, job_results
 from trainer.artifacts.job_dir import JobDir
-from trainer.config import Config
 from trainer.data import groups, input_pipeline, sampler, splits
-from trainer.data.dataset import Folder, Split
 from trainer.data.image_source import ImageSource
-from trainer.data.preprocessing import NetworkInput
 from trainer.errors import UserError
-from trainer.models import backbones, gradcam, networks
+from trainer.models import networks
 from trainer.models.networks import Network
-from trainer.reporting import live, plan
+from trainer.prepared_job import Job, PreparedJob
+from trainer.reporting import plan
 from trainer.reporting.live import ReportWriter
 from trainer.reporting.tensorboard import TensorBoard
 from trainer.runtime import agreement, devices, rendezvous
-from trainer.runtime.cluster import Cluster
-from trainer.runtime.devices import Devices
-from trainer.runtime.signals import StopSignal
 from trainer.runtime.worker_watch import WorkerWatch
-from trainer.serving import evaluation, exporter
 from trainer.serving.exporter import FinishedRun
 from trainer.storage import files, lock
-from trainer.training import calibration, failures, job_stages, label_review, look_alikes, training_images
+from trainer.training import failures, job_stages
 from trainer.training.cost import Cost
 from trainer.training.interruption import StopReason, TrainingInterrupted
 from trainer.training.progress import ProgressReporter
 from trainer.training.stages import StageInputs
 from trainer.training.trainer import HEAD, WHOLE_NETWORK, Callbacks, Trainer, TrainerOptions
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PreparedJob:
-    """What a command hands over: everything that is decided before TensorFlow starts.
-
-    `report_metrics` receives each row of the history. `build_network` is models.networks.build, or a function with the
-    same arguments.
-    """
-
-    settings: Config
-    cluster: Cluster
-    folder: Folder
-    split: Split
-    split_origin: str
-    fingerprint: str
-    profile_range: tuple[int, int] | None
-    epochs_reason: str  # why --epochs of `settings` has its value
-    stop: StopSignal
-    report_metrics: Callable[[dict], None]
-    build_network: Callable[..., Network] = networks.build
-    is_split_final: bool = True  # False: it does not know yet what is similar
-
-    @property
-    def network_input(self) -> NetworkInput:
-        """How images become the input of the network."""
-        return backbones.input_from_flags(self.settings.as_dict())
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Job:
-    """A prepared job with the machine that it runs on and the folder that it writes to."""
-
-    prepared: PreparedJob
-    devices: Devices
-    precision: str
-    xla: bool
-    paths: JobDir
-    resolved: dict[str, Any]  # what config.json says of the values that the flags left open
-    cost: Cost
-    progress: ProgressReporter
-    images: ImageSource
-
-    @property
-    def settings(self) -> Config:
-        """The flags."""
-        return self.prepared.settings
-
-    @property
-    def is_chief(self) -> bool:
-        """Whether this worker writes."""
-        return self.prepared.cluster.is_chief
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes, in the order of the network's outputs."""
-        return self.prepared.folder.class_names
-
-    @property
-    def feature_dir(self) -> str:
-        """Where the features of the frozen backbone are kept."""
-        return self.settings.cache_dir or self.paths.checkpoints
-
-    def stop_requested(self) -> StopReason:
-        """Why this worker asks to stop; only the chief looks at the cost."""
-        if self.prepared.stop.is_set():
-            return StopReason.SIGNAL
-        return StopReason.COST_LIMIT if self.cost.limit_reached() else StopReason.NONE
 
 
 def run(prepared: PreparedJob) -> int:
@@ -154,8 +74,8 @@ def run(prepared: PreparedJob) -> int:
         print(plan.describe(settings, prepared.folder, prepared.split, resolved))
         return 0
     paths = JobDir(settings.job_dir)
-    finished = _finished_run(prepared, paths)
-    if _is_finished(finished, settings, is_chief=cluster.is_chief):
+    finished = job_results.finished_run(prepared, paths)
+    if job_results.is_finished(finished, settings, is_chief=cluster.is_chief):
         return 0
     if cluster.is_chief:
         files.make_directory(paths.checkpoints)
@@ -182,24 +102,6 @@ def run(prepared: PreparedJob) -> int:
     return _run_locked(job, finished)
 
 
-def _finished_run(prepared: PreparedJob, paths: JobDir) -> FinishedRun:
-    settings = prepared.settings
-    return FinishedRun(
-        paths=paths,
-        data_dir=settings.data_dir,
-        model_dir=settings.model_dir,
-        export_formats=settings.export_formats,
-        class_names=prepared.folder.class_names,
-        validation=prepared.split.validation,
-        test=prepared.split.test,
-        network_input=prepared.network_input,
-        backbone=settings.backbone,
-        head=settings.head,
-        with_webp="WebP" in prepared.folder.formats,
-        build_network=prepared.build_network,
-    )
-
-
 def _image_source(prepared: PreparedJob, paths: JobDir) -> ImageSource:
     """Raises UserError, before anything is trained, if --cache does not fit."""
     settings, folder = prepared.settings, prepared.folder
@@ -221,38 +123,13 @@ def _image_source(prepared: PreparedJob, paths: JobDir) -> ImageSource:
     )
 
 
-def _is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> bool:
-    """Whether nothing is left to do in job_dir, which is then logged."""
-    values = finished.paths.read_metrics()
-    if not values or values.get("epochs") != [settings.head_epochs, settings.epochs]:
-        return False
-    if values.get("stopped_by_cost"):
-        if not settings.max_cost or values["cost"] < settings.max_cost:
-            return False
-        message = "The run in %s has reached its limit: it cost %.2f. To continue, raise --max_cost."
-        logging.info(message, settings.job_dir, values["cost"])
-    else:
-        logging.info("The run in %s is finished: val_accuracy %.4f.", settings.job_dir, values["val_accuracy"])
-        last_files = [finished.paths.model_card, *finished.converted_paths]
-        if is_chief and not all(
-            files.exists(path) for path in last_files
-        ):  # killed before it wrote them, or other formats
-            files.make_directory(finished.paths.checkpoints)
-            with lock.hold(finished.paths.checkpoints):
-                finished.paths.remove_partial_files()
-                values = exporter.export_missing(finished, values)
-                live.write_missing(settings.job_dir)
-    _print_result(finished, values)
-    return True
-
-
 def _run_locked(job: Job, finished: FinishedRun) -> int:
     """Trains and exports while this job holds the lock of job_dir; returns the exit code."""
     try:
         with _lock(job):
             if job.is_chief:
                 job.paths.remove_partial_files()
-                _write_run_info(job)
+                job_results.write_run_info(job)
             try:
                 _train_and_export(job, finished)
             except tf.errors.OpError as error:  # TensorFlow wraps what Python raised while it was reading
@@ -271,25 +148,6 @@ def _lock(job: Job) -> contextlib.AbstractContextManager:
     return lock.hold(job.paths.checkpoints, on_lost=lambda: failures.exit_at_once(cli.EXIT_RETRY))
 
 
-def _write_run_info(job: Job) -> None:
-    folder = job.prepared.folder
-    job.paths.write_split(job.prepared.split, folder.class_names)
-    job.paths.write_bad_files(folder.bad_files)
-    job.paths.write_config(  # last: it marks a run that began
-        {
-            "flags": job.settings.as_dict(),
-            "defaults": config.DEFAULTS,
-            "resolved": job.resolved,
-            "versions": {
-                "tensorflow": tf.__version__,
-                "keras": keras.__version__,
-                "python": platform.python_version(),
-            },
-            "fingerprint": job.prepared.fingerprint,
-        }
-    )
-
-
 def _train_and_export(job: Job, finished: FinishedRun) -> None:
     """Raises TrainingInterrupted after a signal. At the cost limit, it exports the best weights so far."""
     network = _build_network(job)
@@ -299,9 +157,9 @@ def _train_and_export(job: Job, finished: FinishedRun) -> None:
         except TrainingInterrupted as interruption:
             if interruption.reason != StopReason.COST_LIMIT:
                 raise
-            _log_cost_limit(job, has_model=False)
+            job_results.log_cost_limit(job, has_model=False)
             return
-        finished = _finished_run(job.prepared, job.paths)
+        finished = job_results.finished_run(job.prepared, job.paths)
     inputs = _stage_inputs(job, network)
     trainer = _make_trainer(job, network)
     _fetch_shards(job)
@@ -311,7 +169,7 @@ def _train_and_export(job: Job, finished: FinishedRun) -> None:
         for row in trainer.state.history:  # of earlier starts: a tuner that lost them receives them again
             job.prepared.report_metrics(row)
         if trainer.best.epoch:  # a kill may have come after the weights or the checkpoint, and before these files
-            _write_epoch(job, trainer, is_best=True)
+            job_results.write_epoch(job, trainer, is_best=True)
     is_stopped_by_cost = False
     try:
         _train(job, inputs, trainer, writer)
@@ -325,18 +183,10 @@ def _train_and_export(job: Job, finished: FinishedRun) -> None:
     if not writer:
         return  # only the chief exports
     if is_stopped_by_cost:
-        _log_cost_limit(job, has_model=bool(trainer.best.epoch))
+        job_results.log_cost_limit(job, has_model=bool(trainer.best.epoch))
     if trainer.best.epoch:
         job.paths.write_bad_files(job.images.bad_files.values())
-        _finish(job, finished, inputs, trainer, writer, is_stopped_by_cost=is_stopped_by_cost)
-
-
-def _log_cost_limit(job: Job, *, has_model: bool) -> None:
-    logging.warning(
-        f"Stopped: the job has cost {job.cost.total():.2f}, the limit is --max_cost={job.settings.max_cost}. "
-        f"Everything is saved in {job.settings.job_dir}; the same command with a higher --max_cost resumes the run."
-        + ("" if has_model else " No epoch is complete, so there is no model yet.")
-    )
+        job_results.finish(job, finished, inputs, trainer, writer, is_stopped_by_cost=is_stopped_by_cost)
 
 
 def _fetch_shards(job: Job) -> None:
@@ -360,7 +210,7 @@ def _with_similar_together(job: Job, network: Network) -> Job:
     prepared = dataclasses.replace(job.prepared, split=split, fingerprint=fingerprint, is_split_final=True)
     job = dataclasses.replace(job, prepared=prepared)
     if job.is_chief:
-        _write_run_info(job)
+        job_results.write_run_info(job)
     return job
 
 
@@ -433,7 +283,7 @@ def _train(job: Job, inputs: StageInputs, trainer: Trainer, writer: ReportWriter
     def on_flips(flips: bool) -> None:
         job.resolved["flips"] = flips
         if job.is_chief:
-            _write_run_info(job)
+            job_results.write_run_info(job)
 
     remaining = job_stages.remaining_stages(
         job.settings,
@@ -452,7 +302,7 @@ def _train(job: Job, inputs: StageInputs, trainer: Trainer, writer: ReportWriter
             if writer:
                 started = time.monotonic()
                 job.prepared.report_metrics(result.row)
-                _write_epoch(job, trainer, is_best=result.is_best)
+                job_results.write_epoch(job, trainer, is_best=result.is_best)
                 writer.after_epoch(result.row, result.times)
                 result.times["saving_seconds"] += time.monotonic() - started  # in time.csv after the next epoch
 
@@ -476,110 +326,3 @@ def _stage_inputs(job: Job, network: Network) -> StageInputs:
         progress=job.progress,
         stop_requested=job.stop_requested,
     )
-
-
-def _write_epoch(job: Job, trainer: Trainer, *, is_best: bool) -> None:
-    job.paths.write_history(trainer.state.history)
-    job.paths.write_times(trainer.state.times)
-    if is_best:
-        best = trainer.best
-        examples = job.prepared.split.validation.take(best.is_readable)
-        job.paths.write_predictions(examples, best.probabilities[best.is_readable], job.class_names)
-
-
-def _finish(
-    job: Job,
-    finished: FinishedRun,
-    inputs: StageInputs,
-    trainer: Trainer,
-    writer: ReportWriter,
-    *,
-    is_stopped_by_cost: bool,
-) -> None:
-    """Exports the best weights and writes the last files of a run."""
-    features = job_stages.read_features(job.settings, inputs, feature_dir=job.feature_dir)
-    alike = look_alikes.review(inputs, features, trainer.best, job.class_names)
-    reviewed = label_review.review(job.settings, inputs, features, trainer.best)
-    job.paths.write_label_issues(*reviewed.listed(), job.class_names)
-    examples = job.prepared.split.validation.take(trainer.best.is_readable)
-    probabilities = trainer.best.probabilities[trainer.best.is_readable]
-    calibrated = calibration.calibrate(probabilities, examples.labels)
-    best = exporter.rebuild_best(finished, calibrated.temperature)
-    is_frozen = trainer.state.history[trainer.best.epoch - 1]["stage"] == HEAD  # else the features are of other weights
-    known = training_images.fit_novelty(best, inputs, features if is_frozen else None, data_dir=job.settings.data_dir)
-    differences = exporter.export_all(finished, best, trainer.best.is_readable, known)
-    test, unreadable = evaluation.evaluate_test_set(finished, batch_size=job.settings.batch_size)
-    if unreadable:
-        job.images.bad_files |= {bad.path: bad for bad in unreadable}
-        job.paths.write_bad_files(job.images.bad_files.values())
-    values = {
-        **_metrics(job, trainer),
-        **reviewed.metrics(),
-        **alike,
-        "export_differences": differences,
-        "calibration": calibrated.as_json(),
-    }
-    if known:
-        values["novelty"] = {"threshold": known.threshold, "refused_validation": known.refused_validation}
-    if test:
-        values["test"] = test
-    probabilities = calibration.apply(probabilities, calibrated.temperature)
-    job.paths.write_predictions(examples, probabilities, job.class_names)
-    if is_stopped_by_cost:
-        values["stopped_by_cost"] = True
-    heatmaps = gradcam.of_files(
-        best,
-        finished.data_dir,
-        run_record.read(finished.paths.root).shown_paths,
-        network_input=finished.network_input,
-    )
-    job.paths.write_heatmaps(trainer.best.epoch, heatmaps)
-    job.paths.write_times(trainer.state.times)
-    job.paths.write_metrics(values)
-    writer.finish()
-    _print_result(finished, values)
-
-
-def _metrics(job: Job, trainer: Trainer) -> dict[str, Any]:
-    """What metrics.json says of the best weights and of the run."""
-    settings, split, best = job.settings, job.prepared.split, trainer.best
-    values = {
-        **metrics.validation_metrics(
-            split.validation.labels[best.is_readable], best.probabilities[best.is_readable], job.class_names
-        ),
-        "val_loss": best.val_loss,
-        "best_epoch": best.epoch,
-        "epochs": [settings.head_epochs, settings.epochs],
-        "train_images": len(split.training),
-        "validation_images": len(split.validation),
-        "bad_images": len(job.images.bad_files),
-        "seconds": round(job.cost.seconds(), 1),
-        "images_per_second": trainer.state.history[-1]["images_per_second"],
-        "replicas": job.devices.replicas,
-        "workers": job.prepared.cluster.workers,
-        "precision": job.precision,
-        "storage_retries": files.retry_count(),
-    }
-    if settings.price_per_hour:
-        values["cost"] = round(job.cost.total(), 4)
-    return values
-
-
-def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
-    name = finished.validation.paths[0]
-    example = name if files.is_remote(name) else files.join(finished.data_dir, name)
-    test = "test accuracy {accuracy:.4f} ({low:.4f} to {high:.4f} with 95 % confidence, {images} images)"
-    arguments = shlex.join([f"--model_dir={finished.model_dir}", example])
-    lines = [
-        *([test.format(**values["test"])] if "test" in values else []),
-        f"val_accuracy {values['val_accuracy']:.4f} (epoch {values['best_epoch']}), "
-        f"{formatting.duration(values['seconds'])}",
-        f"report: {finished.paths.report_page}",
-        f"model:  {finished.model_dir}",
-        *(f"        {path}" for path in finished.converted_paths),
-        f"try it: {cli.command('predict')} {arguments}",
-    ]
-    if estimate := values.get("cross_validated"):
-        low, high = estimate["low"], estimate["high"]
-        lines.insert(1, f"cross-validated accuracy {estimate['accuracy']:.4f} ({low:.4f} to {high:.4f} at 95 %)")
-    print("\n".join(lines), flush=True)

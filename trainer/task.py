@@ -114,10 +114,11 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
         cluster.check_addresses(this_worker, timeout_secs=ADDRESS_TIMEOUT_SECS)
 
         from trainer import job  # imports TensorFlow
+        from trainer.prepared_job import PreparedJob
 
         num_gpus = job.devices.count_gpus() * this_worker.workers
         decision = recipes.decide(settings, num_training=len(split.training), num_gpus=num_gpus)
-        prepared = job.PreparedJob(
+        prepared = PreparedJob(
             settings=dataclasses.replace(settings, epochs=decision.epochs),
             epochs_reason=decision.reason,
             cluster=this_worker,

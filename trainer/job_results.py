@@ -1,0 +1,215 @@
+"""What a job writes: the files of a run that begins, those of each epoch, and the exported model with the last files."""
+
+import platform
+import shlex
+from typing import Any
+
+import keras
+import tensorflow as tf
+from absl import logging
+
+from trainer import cli, config, formatting
+from trainer.artifacts import metrics, run_record
+from trainer.artifacts.job_dir import JobDir
+from trainer.config import Config
+from trainer.models import gradcam
+from trainer.models.networks import Network
+from trainer.prepared_job import Job, PreparedJob
+from trainer.reporting import live
+from trainer.reporting.live import ReportWriter
+from trainer.serving import evaluation, exporter
+from trainer.serving.exporter import FinishedRun
+from trainer.storage import files, lock
+from trainer.training import calibration, job_stages, label_review, look_alikes, training_images
+from trainer.training.inference import ModelOutputs
+from trainer.training.stages import StageInputs
+from trainer.training.trainer import HEAD, Trainer
+
+
+def finished_run(prepared: PreparedJob, paths: JobDir) -> FinishedRun:
+    """What the export needs to know of a run."""
+    settings = prepared.settings
+    return FinishedRun(
+        paths=paths,
+        data_dir=settings.data_dir,
+        model_dir=settings.model_dir,
+        export_formats=settings.export_formats,
+        class_names=prepared.folder.class_names,
+        validation=prepared.split.validation,
+        test=prepared.split.test,
+        network_input=prepared.network_input,
+        backbone=settings.backbone,
+        head=settings.head,
+        with_webp="WebP" in prepared.folder.formats,
+        build_network=prepared.build_network,
+    )
+
+
+def is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> bool:
+    """Whether nothing is left to do in job_dir, which is then logged."""
+    values = finished.paths.read_metrics()
+    if not values or values.get("epochs") != [settings.head_epochs, settings.epochs]:
+        return False
+    if values.get("stopped_by_cost"):
+        if not settings.max_cost or values["cost"] < settings.max_cost:
+            return False
+        message = "The run in %s has reached its limit: it cost %.2f. To continue, raise --max_cost."
+        logging.info(message, settings.job_dir, values["cost"])
+    else:
+        logging.info("The run in %s is finished: val_accuracy %.4f.", settings.job_dir, values["val_accuracy"])
+        last_files = [finished.paths.model_card, *finished.converted_paths]
+        if is_chief and not all(
+            files.exists(path) for path in last_files
+        ):  # killed before it wrote them, or other formats
+            files.make_directory(finished.paths.checkpoints)
+            with lock.hold(finished.paths.checkpoints):
+                finished.paths.remove_partial_files()
+                values = exporter.export_missing(finished, values)
+                live.write_missing(settings.job_dir)
+    _print_result(finished, values)
+    return True
+
+
+def write_run_info(job: Job) -> None:
+    """Writes split.csv, labels.txt, bad_files.csv and config.json."""
+    folder = job.prepared.folder
+    job.paths.write_split(job.prepared.split, folder.class_names)
+    job.paths.write_bad_files(folder.bad_files)
+    job.paths.write_config(  # last: it marks a run that began
+        {
+            "flags": job.settings.as_dict(),
+            "defaults": config.DEFAULTS,
+            "resolved": job.resolved,
+            "versions": {
+                "tensorflow": tf.__version__,
+                "keras": keras.__version__,
+                "python": platform.python_version(),
+            },
+            "fingerprint": job.prepared.fingerprint,
+        }
+    )
+
+
+def write_epoch(job: Job, trainer: Trainer, *, is_best: bool) -> None:
+    """Writes history.csv and time.csv, and after the best epoch so far predictions.csv."""
+    job.paths.write_history(trainer.state.history)
+    job.paths.write_times(trainer.state.times)
+    if is_best:
+        best = trainer.best
+        examples = job.prepared.split.validation.take(best.is_readable)
+        job.paths.write_predictions(examples, best.probabilities[best.is_readable], job.class_names)
+
+
+def finish(
+    job: Job,
+    finished: FinishedRun,
+    inputs: StageInputs,
+    trainer: Trainer,
+    writer: ReportWriter,
+    *,
+    is_stopped_by_cost: bool,
+) -> None:
+    """Exports the best weights and writes the last files of a run."""
+    features = job_stages.read_features(job.settings, inputs, feature_dir=job.feature_dir)
+    values = {**_metrics(job, trainer), **_review_images(job, inputs, features, trainer)}
+    best, exported = _export(job, finished, inputs, features, trainer)
+    values |= exported
+    test, unreadable = evaluation.evaluate_test_set(finished, batch_size=job.settings.batch_size)
+    if unreadable:
+        job.images.bad_files |= {bad.path: bad for bad in unreadable}
+        job.paths.write_bad_files(job.images.bad_files.values())
+    values["bad_images"] = len(job.images.bad_files)
+    if test:
+        values["test"] = test
+    if is_stopped_by_cost:
+        values["stopped_by_cost"] = True
+    heatmaps = gradcam.of_files(
+        best,
+        finished.data_dir,
+        run_record.read(finished.paths.root).shown_paths,
+        network_input=finished.network_input,
+    )
+    job.paths.write_heatmaps(trainer.best.epoch, heatmaps)
+    job.paths.write_times(trainer.state.times)
+    values["seconds"] = round(job.cost.seconds(), 1)
+    if job.settings.price_per_hour:
+        values["cost"] = round(job.cost.total(), 4)
+    job.paths.write_metrics(values)
+    writer.finish()
+    _print_result(finished, values)
+
+
+def _review_images(job: Job, inputs: StageInputs, features: ModelOutputs | None, trainer: Trainer) -> dict[str, Any]:
+    """Writes label_issues.csv; returns what metrics.json says of labels, look-alikes and the cross-validated accuracy."""
+    alike = look_alikes.review(inputs, features, trainer.best, job.class_names)
+    reviewed = label_review.review(job.settings, inputs, features, trainer.best)
+    job.paths.write_label_issues(*reviewed.listed(), job.class_names)
+    return {**reviewed.metrics(), **alike}
+
+
+def _export(
+    job: Job, finished: FinishedRun, inputs: StageInputs, features: ModelOutputs | None, trainer: Trainer
+) -> tuple[Network, dict[str, Any]]:
+    """Exports the calibrated best network, and writes predictions.csv; returns it and what metrics.json says of it."""
+    examples = job.prepared.split.validation.take(trainer.best.is_readable)
+    probabilities = trainer.best.probabilities[trainer.best.is_readable]
+    calibrated = calibration.calibrate(probabilities, examples.labels)
+    best = exporter.rebuild_best(finished, calibrated.temperature)
+    is_frozen = trainer.state.history[trainer.best.epoch - 1]["stage"] == HEAD  # else the features are of other weights
+    known = training_images.fit_novelty(best, inputs, features if is_frozen else None, data_dir=job.settings.data_dir)
+    differences = exporter.export_all(finished, best, trainer.best.is_readable, known)
+    probabilities = calibration.apply(probabilities, calibrated.temperature)
+    job.paths.write_predictions(examples, probabilities, job.class_names)
+    values: dict[str, Any] = {"export_differences": differences, "calibration": calibrated.as_json()}
+    if known:
+        values["novelty"] = {"threshold": known.threshold, "refused_validation": known.refused_validation}
+    return best, values
+
+
+def _metrics(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """What metrics.json says of the best weights and of the run."""
+    settings, split, best = job.settings, job.prepared.split, trainer.best
+    return {
+        **metrics.validation_metrics(
+            split.validation.labels[best.is_readable], best.probabilities[best.is_readable], job.class_names
+        ),
+        "val_loss": best.val_loss,
+        "best_epoch": best.epoch,
+        "epochs": [settings.head_epochs, settings.epochs],
+        "train_images": len(split.training),
+        "validation_images": len(split.validation),
+        "images_per_second": trainer.state.history[-1]["images_per_second"],
+        "replicas": job.devices.replicas,
+        "workers": job.prepared.cluster.workers,
+        "precision": job.precision,
+        "storage_retries": files.retry_count(),
+    }
+
+
+def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
+    name = finished.validation.paths[0]
+    example = name if files.is_remote(name) else files.join(finished.data_dir, name)
+    test = "test accuracy {accuracy:.4f} ({low:.4f} to {high:.4f} with 95 % confidence, {images} images)"
+    arguments = shlex.join([f"--model_dir={finished.model_dir}", example])
+    lines = [
+        *([test.format(**values["test"])] if "test" in values else []),
+        f"val_accuracy {values['val_accuracy']:.4f} (epoch {values['best_epoch']}), "
+        f"{formatting.duration(values['seconds'])}",
+        f"report: {finished.paths.report_page}",
+        f"model:  {finished.model_dir}",
+        *(f"        {path}" for path in finished.converted_paths),
+        f"try it: {cli.command('predict')} {arguments}",
+    ]
+    if estimate := values.get("cross_validated"):
+        low, high = estimate["low"], estimate["high"]
+        lines.insert(1, f"cross-validated accuracy {estimate['accuracy']:.4f} ({low:.4f} to {high:.4f} at 95 %)")
+    print("\n".join(lines), flush=True)
+
+
+def log_cost_limit(job: Job, *, has_model: bool) -> None:
+    """Says that the job ends at --max_cost, and how it goes on."""
+    logging.warning(
+        f"Stopped: the job has cost {job.cost.total():.2f}, the limit is --max_cost={job.settings.max_cost}. "
+        f"Everything is saved in {job.settings.job_dir}; the same command with a higher --max_cost resumes the run."
+        + ("" if has_model else " No epoch is complete, so there is no model yet.")
+    )
