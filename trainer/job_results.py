@@ -207,7 +207,7 @@ def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
 
 
 def log_cost_limit(job: Job, *, has_model: bool) -> None:
-    """Says that the job ends at --max_cost, and how it goes on."""
+    """Says that the job ends at --max_cost, and how to resume it."""
     logging.warning(
         f"Stopped: the job has cost {job.cost.total():.2f}, the limit is --max_cost={job.settings.max_cost}. "
         f"Everything is saved in {job.settings.job_dir}; the same command with a higher --max_cost resumes the run."

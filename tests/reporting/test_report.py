@@ -322,7 +322,13 @@ def test_look_alikes_are_shown_side_by_side_with_the_accuracy_without_them(tmp_p
     job_dir = make_job_dir(tmp_path)
     metrics = json.loads((job_dir / "metrics.json").read_text())
     pair = {"path": f"{SCRIPT}/0.png", "label": SCRIPT, "training_path": f"{MATH}/3.png", "training_label": MATH}
-    alike = {"images": 3, "val_accuracy_without": 0.6, "min_cosine": 0.95, "pairs": [{**pair, "cosine": 0.9713}]}
+    alike = {
+        "images": 3,
+        "examined": 8,
+        "val_accuracy_without": 0.6,
+        "min_cosine": 0.95,
+        "pairs": [{**pair, "cosine": 0.9713}],
+    }
     (job_dir / "metrics.json").write_text(json.dumps({**metrics, "look_alikes": alike}))
     report.write(str(job_dir), only_page=True)
     page = Page(job_dir)
@@ -335,7 +341,7 @@ def test_look_alikes_are_shown_side_by_side_with_the_accuracy_without_them(tmp_p
     index = alternatives.index(f"{MATH}/3.png")
     assert alternatives[index - 1] == f"{SCRIPT}/0.png"
     assert ("a", {"href": "#look-alikes"}) in page.tags
-    metrics["look_alikes"] = {"images": 0, "val_accuracy_without": 0.75, "min_cosine": 0.95, "pairs": []}
+    metrics["look_alikes"] = {**alike, "images": 0, "val_accuracy_without": 0.75, "pairs": []}
     (job_dir / "metrics.json").write_text(json.dumps(metrics))
     report.write(str(job_dir), only_page=True)
     assert "None of 8 validation images look like a training image" in Page(job_dir).text

@@ -41,7 +41,14 @@ def test_pairs_above_the_bound_are_found_most_alike_first():
 def test_a_side_without_a_readable_image_has_no_pairs():
     training, validation = outputs(np.eye(4)), outputs(np.eye(4))
     training.is_readable[:] = False
-    assert [len(column) for column in look_alikes.find(training, validation)] == [0, 0, 0]
+    assert [len(column) for column in look_alikes.find(training, validation)] == [0, 0, 0, 0]
+
+
+def test_of_very_many_images_some_are_compared(monkeypatch):
+    monkeypatch.setattr(look_alikes, "MAX_COMPARISONS", 100)
+    alike = look_alikes.find(outputs(np.eye(30)), outputs(np.eye(30)))
+    assert alike.examined.tolist() == list(range(0, 30, 9))
+    assert alike.validation.tolist() == alike.examined.tolist()
 
 
 def test_memory_does_not_grow_with_the_product_of_the_sides():

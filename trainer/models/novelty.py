@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from trainer.models.networks import Network
 
-BANK_SIZE = 2048  # 8 MB for ResNet50
+BANK_SIZE = 2048  # 16 MB for ResNet50
 NEIGHBOR = 3
 REFUSED_SHARE = 0.05  # of the validation images
 _ROWS_AT_A_TIME = 1024
@@ -30,7 +30,9 @@ _ROWS_AT_A_TIME = 1024
 class Novelty(NamedTuple):
     """What an exported model needs to know of the training images."""
 
-    bank: np.ndarray  # float16 [M, F], each of length 1
+    bank: (
+        np.ndarray
+    )  # float32 [M, F], each of length 1; float16 needs AVX-512 in oneDNN, which logs an error without it
     threshold: float
     refused_validation: float  # share of the validation images above the threshold
 
@@ -56,7 +58,7 @@ def fit(training: np.ndarray, validation: np.ndarray) -> Novelty:
 
     The threshold lies between two validation images, so that rounding does not refuse another one.
     """
-    bank = _normalized(tf.constant(training)).numpy().astype(np.float16)
+    bank = _normalized(tf.constant(training)).numpy()
     chunks = [validation[start : start + _ROWS_AT_A_TIME] for start in range(0, len(validation), _ROWS_AT_A_TIME)]
     novelty = np.sort(np.concatenate([scores(tf.constant(chunk), tf.constant(bank)).numpy() for chunk in chunks]))
     num_refused = int(REFUSED_SHARE * len(novelty))
@@ -66,10 +68,10 @@ def fit(training: np.ndarray, validation: np.ndarray) -> Novelty:
 
 
 def scores(features: tf.Tensor, bank: tf.Tensor) -> tf.Tensor:
-    """The novelty float32 [B] of features float32 [B, F]; `bank` is float16 [M, F]."""
-    similarity = tf.matmul(_normalized(features), tf.cast(bank, tf.float32), transpose_b=True)  # [B, M]
+    """The novelty float32 [B] of features float32 [B, F]; `bank` is float32 [M, F]."""
+    similarity = tf.matmul(_normalized(features), bank, transpose_b=True)  # [B, M]
     nearest = tf.math.top_k(similarity, min(NEIGHBOR, bank.shape[0])).values[:, -1]
-    return tf.maximum(1 - nearest, 0)  # a similarity may be above 1, by the rounding of the bank
+    return tf.maximum(1 - nearest, 0)  # a similarity may be above 1, by rounding
 
 
 def _normalized(features: tf.Tensor) -> tf.Tensor:

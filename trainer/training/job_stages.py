@@ -98,8 +98,14 @@ def read_features(settings: Config, inputs: StageInputs, *, feature_dir: str) ->
 def similar_groups(settings: Config, inputs: StageInputs, *, feature_dir: str) -> np.ndarray:
     """The group of each image by look_alikes.groups, int64 [N + V] in the order of images.paths, the same on all workers.
 
-    Raises UserError if more than MAX_GROUP_SHARE of the images are one group, and as stages.cached_features.
+    Raises UserError if there are too many images, or if more than MAX_GROUP_SHARE of them are one group, and as
+    stages.cached_features.
     """
+    if len(inputs.images.paths) > look_alikes.MAX_GROUPED_IMAGES:
+        raise UserError(
+            f"--group_by=similar compares all images with each other: {len(inputs.images.paths)} are too many, at most "
+            f"{look_alikes.MAX_GROUPED_IMAGES} are possible. Pass a regular expression that finds the scene in the path."
+        )
     features = stages.cached_features(
         inputs, feature_dir=feature_dir, feature_source=feature_source(settings, inputs), batch_times=[]
     )

@@ -16,6 +16,8 @@ from trainer.training.stages import StageInputs
 # 98 were above it and the others above 0.947; no two of the photos had more than 0.942. Where all images have one background
 # or one camera angle, different images reach 0.97, and the features do not tell copies from them.
 MIN_COSINE = 0.95
+MAX_COMPARISONS = 1_000_000_000  # of a validation and a training image; about 6 minutes on two cores
+MAX_GROUPED_IMAGES = 100_000  # compared with each other; about 20 minutes on two cores
 _ROWS = 128  # images whose neighbors are listed at once; in the worst case all images are neighbors
 MAX_PAIRS = 12  # in metrics.json and in the report
 
@@ -26,21 +28,23 @@ class LookAlikes(NamedTuple):
     validation: np.ndarray  # int [K]
     training: np.ndarray  # int [K]
     cosines: np.ndarray  # float [K]
+    examined: np.ndarray  # int, all validation images that were compared
 
 
 def find(training: ModelOutputs, validation: ModelOutputs) -> LookAlikes:
     """The validation images whose features have a cosine above MIN_COSINE with those of a training image.
 
     The features are float32 [N, F] and [V, F]; images that could not be read are left out. The time grows with N * V: on
-    two cores it is a second for 2,400 and 600 images, half a minute for 20,000 and 5,000. The memory is that of a copy
-    of the features.
+    two cores it is a second for 2,400 and 600 images, half a minute for 20,000 and 5,000. Beyond MAX_COMPARISONS, evenly
+    spaced validation images are compared. The memory is that of a copy of the features.
     """
     from sklearn.neighbors import NearestNeighbors
     from sklearn.preprocessing import normalize
 
     indices = [np.flatnonzero(side.is_readable) for side in (training, validation)]
     if not all(map(len, indices)):
-        return LookAlikes(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+        return LookAlikes(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64))
+    indices[1] = indices[1][:: -(-len(indices[0]) * len(indices[1]) // MAX_COMPARISONS)]
     units = [
         normalize(side.values[index], copy=False) for side, index in zip((training, validation), indices, strict=True)
     ]
@@ -49,7 +53,7 @@ def find(training: ModelOutputs, validation: ModelOutputs) -> LookAlikes:
     cosines = 1 - distances[:, 0] ** 2 / 2
     found = np.flatnonzero(cosines > MIN_COSINE)
     found = found[np.argsort(-cosines[found], kind="stable")]
-    return LookAlikes(indices[1][found], indices[0][nearest[found, 0]], cosines[found])
+    return LookAlikes(indices[1][found], indices[0][nearest[found, 0]], cosines[found], indices[1])
 
 
 def groups(features: ModelOutputs) -> np.ndarray:
@@ -80,8 +84,8 @@ def review(
 ) -> dict[str, Any]:
     """The entry `look_alikes` of metrics.json, which is also logged; {} without `features`, in the order of images.paths.
 
-    The entry has the number of look-alikes among the validation images, the accuracy on the others (None if there are none),
-    and the first pairs.
+    The entry has the number of look-alikes among the examined validation images, the accuracy on the others (None if there
+    are none), and the first pairs.
     """
     if features is None:
         return {}
@@ -89,7 +93,8 @@ def review(
     sides = [ModelOutputs(features.values[i], features.is_readable[i]) for i in inputs.images.split_indices]
     alike = find(*sides)
     is_correct = best.probabilities.argmax(axis=1) == split.validation.labels
-    is_other = best.is_readable.copy()
+    is_other = np.zeros(len(is_correct), bool)
+    is_other[alike.examined] = best.is_readable[alike.examined]
     is_other[alike.validation] = False
     accuracy = float(is_correct[is_other].mean()) if is_other.any() else None
     pairs = [
@@ -100,12 +105,13 @@ def review(
             "training_label": class_names[split.training.labels[j]],
             "cosine": round(float(cosine), 4),
         }
-        for i, j, cosine in zip(*(column[:MAX_PAIRS] for column in alike), strict=True)
+        for i, j, cosine in zip(*(column[:MAX_PAIRS] for column in alike[:3]), strict=True)
     ]
     if pairs:
-        _log(len(alike.validation), int(best.is_readable.sum()), pairs[0], best.val_accuracy, accuracy)
+        _log(len(alike.validation), len(alike.examined), pairs[0], best.val_accuracy, accuracy)
     values = {
         "images": len(alike.validation),
+        "examined": len(alike.examined),
         "val_accuracy_without": accuracy,
         "min_cosine": MIN_COSINE,
         "pairs": pairs,
