@@ -21,7 +21,19 @@ TRAINER = ROOT / "trainer"
 # The order in which the file tree lists the modules and packages of trainer/. Others come last.
 COMMANDS = ["task", "predict", "evaluate", "report", "inspect_data", "tune", "benchmark", "serve", "pack"]
 PACKAGES = ["storage", "runtime", "data", "models", "artifacts", "training", "serving", "reporting", "benchmarks"]
-READING_ORDER = ["__main__", *COMMANDS, "job", "config", "recipes", "cli", "errors", "formatting", *PACKAGES]
+_MODULES = (
+    "job",
+    "job_results",
+    "prepared_job",
+    "config",
+    "flag_info",
+    "recipes",
+    "earlier_runs",
+    "cli",
+    "errors",
+    "formatting",
+)
+READING_ORDER = ["__main__", *COMMANDS, *_MODULES, *PACKAGES]
 # Almost every module imports these two, so that arrows to them would hide the others.
 NOT_DRAWN = {"errors", "formatting"}
 
@@ -241,8 +253,7 @@ def layer_table() -> str:
 
 
 def _position(package: str) -> int:
-    order = ["__main__", "commands", *READING_ORDER]
-    return order.index(package) if package in order else len(order)
+    return ["__main__", "commands", *READING_ORDER].index(package)
 
 
 def _link(package: str) -> str:

@@ -117,6 +117,7 @@ def test_a_run_writes_the_documented_files(finished):
         "report",
         "logs",
         "predictions.csv",
+        "label_issues.csv",
         "bad_files.csv",
         "gradcam.json",
         "model_card.md",
