@@ -59,13 +59,15 @@ def contents_and_time(path: str) -> tuple[bytes, int]:
 
 def test_without_a_readable_validation_image_nothing_is_exported(tmp_path):
     images = write_images(tmp_path / "pictures", {"a": 3, "b": 3})
+    examples = read_folder(str(images)).examples
     run = FinishedRun(
         paths=JobDir(str(tmp_path / "job")),
         data_dir=str(images),
         model_dir=str(tmp_path / "model"),
         export_formats="saved_model",
         class_names=("a", "b"),
-        validation=read_folder(str(images)).examples,
+        validation=examples,
+        test=examples.take(np.zeros(0, int)),
         network_input=NetworkInput(image_size=32, resize="stretch", preprocessing="caffe"),
         backbone="ResNet50",
         head="average",
