@@ -268,6 +268,45 @@ def test_silent_connections_are_replaced_and_closed(server):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_connections_that_stay_open_after_a_response_are_replaced(server):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    connections = []
+    try:
+        for _ in range(600):
+            connections.append(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60))
+            connections[-1].request("GET", "/health")
+            assert connections[-1].getresponse().read()
+        assert number_of_connections(server) <= 512
+        first, last = connections[0].sock, connections[-1].sock
+        first.settimeout(60)
+        assert first.recv(1) == b""  # closed by the server
+        connections[-1].request("GET", "/health")
+        assert connections[-1].getresponse().status == 200
+        assert connections[-1].sock is last
+    finally:
+        for connection in connections:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_burst_of_connections_waits_in_the_queue_of_the_kernel(server):
+    """A client whose connection is not accepted would try again only after a second."""
+    connections = [socket.socket() for _ in range(400)]
+    server.process.send_signal(signal.SIGSTOP)  # so that nothing is accepted
+    try:
+        started = time.monotonic()
+        for connection in connections:
+            connection.settimeout(10)
+            connection.connect(("127.0.0.1", server.port))
+        assert time.monotonic() - started < 1
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+        for connection in connections:
+            connection.close()
+    assert server.request("GET", "/health").status == 200
+
+
 def number_of_connections(server: Server) -> int:
     (line,) = re.findall(r"^trainer_serve_connections (.*)$", server.request("GET", "/metrics").value, re.MULTILINE)
     return int(float(line))

@@ -38,14 +38,14 @@ def run(listening: socket.socket, load: Callable[[], Classifier], limits: Limits
         server.should_exit = True
 
     application = ServingApp(load, limits, access, on_failure=stop)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             application.starlette(),
             http=connections.BoundedConnection,
             log_config=None,
             log_level="warning",
             access_log=False,
-            backlog=connections.BACKLOG,
+            backlog=connections.NUM_ACCEPTED_AT_ONCE,
             timeout_keep_alive=connections.KEEP_ALIVE_SECS,
             timeout_graceful_shutdown=2 * int(limits.timeout_secs) + 1,  # to arrive, and to be answered
         )
@@ -60,6 +60,19 @@ def run(listening: socket.socket, load: Callable[[], Classifier], limits: Limits
     server.run(sockets=[listening])
     if application.failure:
         raise application.failure
+
+
+class _Server(uvicorn.Server):
+    """A server whose kernel queue is longer than the number of connections that asyncio accepts at once.
+
+    asyncio has one argument, `backlog`, for both.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn. Calling `listen` again changes the length of the queue."""
+        await super().startup(sockets)
+        for listening in sockets or []:
+            listening.listen(connections.QUEUE_LENGTH)
 
 
 def _ignore_signal(number: int, frame: object) -> None:
