@@ -1,12 +1,13 @@
-"""Trains a small network on an image folder for some steps and writes every number to a file. Not a test itself.
+"""Trains small networks on an image folder for some steps and writes every number to files. Not a test itself.
 
-    python replica_run.py FOLDER OUTPUT.npz --devices=2 --precision=float32 --optimizer=sgd
+    python replica_run.py FOLDER DEVICES OUTPUT_0.npz "--precision=float32 --optimizer=sgd" OUTPUT_1.npz "--steps=0" ...
 
-Runs as one process, or as one of several workers according to TF_CONFIG. Tests compare the files.
+Runs one after another in one process, or as one of several workers according to TF_CONFIG. Tests compare the files.
 """
 
 import argparse
 import os
+import sys
 
 from trainer import cli
 from trainer.data import sampler
@@ -21,8 +22,8 @@ VALIDATION_INDICES = (0, 30, 60)  # 3 images to validate and 61 to train: neithe
 
 
 def main() -> None:
-    """Starts TensorFlow as trainer.task does, then trains."""
-    flags = parse_flags()
+    """Starts TensorFlow as trainer.task does, then trains with each set of flags."""
+    folder, num_devices, *runs = sys.argv[1:]
     worker = cluster.resolve(os.environ)
     os.environ |= cluster.tensorflow_environment(worker)
     cli.import_tensorflow()
@@ -31,16 +32,15 @@ def main() -> None:
     from trainer.runtime import devices
 
     cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * flags.devices)
-    run(flags, devices.start(worker, require_gpu=False))
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * int(num_devices))
+    machine = devices.start(worker, require_gpu=False)
+    for output, flags in zip(runs[::2], runs[1::2], strict=True):
+        run(folder, output, parse_flags(flags), machine)
 
 
-def parse_flags() -> argparse.Namespace:
-    """The arguments of the command line."""
+def parse_flags(text: str) -> argparse.Namespace:
+    """The flags of one run."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
-    parser.add_argument("output")
-    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--optimizer", default="sgd")
     parser.add_argument("--network", default="tiny", help="tiny, or a name of --backbone")
@@ -49,10 +49,10 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--frozen", type=int, default=0, help="1: the batch-norm statistics are not trained")
     parser.add_argument("--xla", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(text.split())
 
 
-def run(flags: argparse.Namespace, machine) -> None:
+def run(folder: str, output: str, flags: argparse.Namespace, machine) -> None:
     """Trains, validates and writes the output file."""
     import numpy as np
 
@@ -87,7 +87,7 @@ def run(flags: argparse.Namespace, machine) -> None:
         dropout=recipe.dropout,
         jit_compile=bool(flags.xla),
     )
-    images = read_folder(flags.folder).examples
+    images = read_folder(folder).examples
     is_validation = np.isin(np.arange(len(images)), VALIDATION_INDICES)
     training, validation = images.take(~is_validation), images.take(is_validation)
     assert (len(training), len(validation)) == (61, 3)
@@ -96,7 +96,7 @@ def run(flags: argparse.Namespace, machine) -> None:
         augmentation = None if epoch is None else Augmentation(SEED, epoch, strength="basic", flips=True)
         transform = input_pipeline.BatchTransform("rescale", augmentation, network.backbone.compute_dtype)
         network_input = NetworkInput(image_size=32, resize="stretch", preprocessing=transform.preprocessing)
-        source = input_pipeline.FileSource(flags.folder, examples.paths, network_input, on_unreadable=print)
+        source = input_pipeline.FileSource(folder, examples.paths, network_input, on_unreadable=print)
         return input_pipeline.batches(plan, source, examples.labels, transform=transform, devices=machine)
 
     rows = []
@@ -121,7 +121,7 @@ def run(flags: argparse.Namespace, machine) -> None:
     result = evaluate_logits(outputs, validation.labels, 0.1)
     variables = [*network.backbone.variables, *network.head.variables]
     np.savez(
-        flags.output,
+        output,
         rows=np.array(rows),
         logits=outputs.values,
         validation=np.array([result.loss, result.accuracy]),

@@ -115,6 +115,7 @@ def batches(
 
 
 def _batch_transform(source: ArraySource | FileSource, transform: BatchTransform | None) -> Callable[[dict], dict]:
+    @tf.autograph.experimental.do_not_convert
     def apply(batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         batch = dict(batch)
         index = batch.pop("index")

@@ -68,7 +68,7 @@ def of_files(
 ) -> dict[str, np.ndarray]:
     """Heat maps uint8 [h, w] of images in a data directory, by path. Images that cannot be read are left out."""
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *network.backbone.input_shape[1:]], tf.uint8)])
+    @tf.function(input_signature=[tf.TensorSpec([None, *network.backbone.input_shape[1:]], tf.uint8)], autograph=False)
     def compute(images: tf.Tensor) -> tf.Tensor:
         return heatmaps(network, preprocess(images, network_input.preprocessing))
 

@@ -26,7 +26,7 @@ def largest(value: int, devices: Devices) -> int:
 def _gather(row: np.ndarray, devices: Devices) -> np.ndarray:
     """The int64 rows [k] of all replicas, as [R, k]."""
 
-    @tf.function
+    @tf.function(autograph=False)
     def gather() -> tf.Tensor:
         def replica_gather() -> tf.Tensor:
             return tf.distribute.get_replica_context().all_gather(tf.constant(row[None]), axis=0)
@@ -55,7 +55,7 @@ def from_chief(values: np.ndarray | None, shape: tuple[int, ...], devices: Devic
     if values is not None:
         local[0] = values  # summed over all replicas of all workers, of which the others hold zeros
 
-    @tf.function
+    @tf.function(autograph=False)
     def sum_over_replicas() -> tf.Tensor:
         def replica_sum() -> tf.Tensor:
             context = tf.distribute.get_replica_context()

@@ -39,7 +39,7 @@ def make_inference(network: Callable[[tf.Tensor], tf.Tensor], devices: Devices) 
             output = tf.distribute.get_replica_context().all_gather(output, axis=0)
         return output
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(autograph=False, reduce_retracing=True)
     def infer(batch: Any, stop: tf.Tensor) -> tf.Tensor:
         return devices.strategy.experimental_local_results(devices.strategy.run(replica_infer, args=(batch, stop)))[0]
 

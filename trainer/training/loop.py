@@ -66,7 +66,9 @@ class TrainingLoop:
             **name_variables("network", [variable for network in networks for variable in network.variables]),
             **name_variables("optimizer", state),
         }
-        self._part_gradients = tf.function(self._gradients, jit_compile=True) if jit_compile else self._gradients
+        self._part_gradients = (
+            tf.function(self._gradients, autograph=False, jit_compile=True) if jit_compile else self._gradients
+        )
         self._train_steps = tf.function(self._steps, reduce_retracing=True)
         self._infer: Callable | None = None
 
@@ -103,6 +105,8 @@ class TrainingLoop:
             done, waited = done + 1, waited + seconds
         return rows.stack(), waited
 
+    # AutoGraph converts the loop of _steps alone: to convert what it calls takes a second, and changes nothing.
+    @tf.autograph.experimental.do_not_convert
     def _next_timed(self, iterator: Iterator) -> tuple[dict, tf.Tensor]:
         """The next batch, and the seconds (float64) spent waiting for the input alone.
 
@@ -117,6 +121,7 @@ class TrainingLoop:
         with tf.control_dependencies([part for parts in local for part in parts]):
             return batch, tf.timestamp() - started
 
+    @tf.autograph.experimental.do_not_convert
     def _step(self, batch: dict[str, tf.Tensor], stop: tf.Tensor, proposal: tf.Tensor) -> tf.Tensor:
         scale = self.optimizer.scale_loss(tf.constant(1.0))
         loss, correct, grads = self._batch_gradients(batch, scale)
@@ -179,7 +184,9 @@ class TrainingLoop:
         batch |= {"label": tf.zeros([size], tf.int32), "row": tf.zeros([size], tf.int32)}
         batch |= {"x": tf.zeros([size, *example_shape], dtype), "step": tf.zeros([size], tf.int64)}
 
-        @tf.function  # with the batch as an argument: TensorFlow computes in advance what depends on constants alone
+        @tf.function(
+            autograph=False
+        )  # with the batch as an argument: TensorFlow computes in advance what depends on constants alone
         def attempt(batch: dict[str, tf.Tensor]) -> tf.Tensor:
             sums = self._devices.strategy.run(
                 lambda: tf.add_n([tf.reduce_sum(grad) for grad in self._batch_gradients(batch, tf.constant(1.0))[2]])

@@ -47,7 +47,7 @@ def fit_novelty(
 def _features_of_files(network: Network, inputs: StageInputs, index: np.ndarray, data_dir: str) -> np.ndarray:
     """Features float32 [n, F] of those images of inputs.images.paths[index] that can be read."""
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *network.backbone.input_shape[1:]], tf.uint8)])
+    @tf.function(input_signature=[tf.TensorSpec([None, *network.backbone.input_shape[1:]], tf.uint8)], autograph=False)
     def compute(images: tf.Tensor) -> tf.Tensor:
         pixels = preprocess(images, inputs.network_input.preprocessing)
         return novelty.pool(network, network.backbone(pixels, training=False))
