@@ -8,6 +8,7 @@
     accuracy   seconds to 96.49 % validation accuracy: the default recipe, and the article's recipe in Keras;
                with --recipe_dirs also the accuracy of recipes on images that were cut off before
     step       images per second of the training loop, of Keras fit, and of PyTorch where it is installed
+    inference  CPU time of the features of a job, and of Keras predict in the same precision
     input      the input pipeline, image_dataset_from_directory, ImageDataGenerator and a plain decode
     resume     seconds to the first step after a cold start and after a resume; seconds to save and exit
     growth     time and memory for folders of 1,000, 10,000 and 100,000 images
@@ -30,7 +31,7 @@ from trainer.data.dataset import read_folder
 from trainer.errors import UserError
 from trainer.storage import files
 
-DEFAULT_SUITES = ("accuracy", "step", "input", "resume", "growth")
+DEFAULT_SUITES = ("accuracy", "step", "inference", "input", "resume", "growth")
 SUITES = (*DEFAULT_SUITES, "bucket")  # bucket needs a bucket
 
 
@@ -45,8 +46,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("rounds", 3, "Measurements of each baseline.", lower_bound=1)
     flags.DEFINE_integer("pictures", 0, "Number of images to use; 0 uses all.", lower_bound=0)
     flags.DEFINE_integer("image_size", 224, "Height and width of the network's input, in pixels.", lower_bound=32)
-    flags.DEFINE_integer("batch_size", 32, "Suite step: images per step.", lower_bound=1)
-    flags.DEFINE_integer("steps", 4, "Suite step: steps per measurement.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 32, "Suites step and inference: images at a time.", lower_bound=1)
+    flags.DEFINE_integer("steps", 4, "Suites step and inference: steps or batches per measurement.", lower_bound=1)
     flags.DEFINE_boolean("xla", True, "Suite step: also measure steps compiled by XLA.")
     flags.DEFINE_integer("large_pictures", 240, "Suite input: number of 12-megapixel images.", lower_bound=2)
     flags.DEFINE_list("growth_sizes", "1000,10000,100000", "Suite growth: numbers of images, comma-separated.")
@@ -120,6 +121,8 @@ def _suites(name: str, folder: str, directory: str) -> list[Suite]:
         return [*_time_to_goal_suites(folder, directory), *_recipe_suites(directory)]
     if name == "step":
         return [_step_suite(folder)]
+    if name == "inference":
+        return [_inference_suite()]
     if name == "input":
         return input_suites(
             folder,
@@ -167,16 +170,32 @@ def _recipe_suites(directory: str) -> list[Suite]:
 
 def _step_suite(folder: str) -> Suite:
     from trainer.benchmarks.training_step import Workload, step_suite
-    from trainer.runtime import devices
 
-    precision, _ = devices.choose_precision("auto", one_device().kind)
     return step_suite(
         folder,
         read_folder(folder).examples.paths,
         workload=Workload(flags.FLAGS.image_size, flags.FLAGS.batch_size, flags.FLAGS.steps),
-        half_precision="" if precision == "float32" else precision,
+        half_precision=_half_precision(),
         include_xla=flags.FLAGS.xla,
     )
+
+
+def _inference_suite() -> Suite:
+    from trainer.benchmarks.inference import inference_suite
+    from trainer.benchmarks.training_step import Workload
+
+    return inference_suite(
+        workload=Workload(flags.FLAGS.image_size, flags.FLAGS.batch_size, flags.FLAGS.steps),
+        half_precision=_half_precision(),
+    )
+
+
+def _half_precision() -> str:
+    """The Keras dtype policy of half precision that is fast on this machine, or ''."""
+    from trainer.runtime import devices
+
+    precision, _ = devices.choose_precision("auto", one_device().kind)
+    return "" if precision == "float32" else precision
 
 
 if __name__ == "__main__":

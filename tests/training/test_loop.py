@@ -143,6 +143,27 @@ def test_training_changes_batch_statistics_unless_they_are_frozen(trainable):
     assert [change > 0 for change in changes] == [trainable] * 4
 
 
+def test_validation_is_that_of_the_weights_of_each_epoch_without_batch_normalization(monkeypatch):
+    network, loop = make_loop(
+        layers=[
+            keras.layers.Reshape([4, 4, 1]),
+            keras.layers.Conv2D(4, 3),
+            keras.layers.BatchNormalization(momentum=0.5),
+            keras.layers.Flatten(),
+        ]
+    )
+    plan = sampler.ordered_epoch(50, batch_size=8, replicas=1)
+    results = []
+    for _ in range(2):
+        run_epochs(loop, epochs=1)
+        expected = network.head(network.backbone(FEATURES, training=False)).numpy()
+        with monkeypatch.context() as patch:
+            patch.setattr(keras.layers.BatchNormalization, "call", None)
+            results.append(loop.logits(make_batches(plan), plan).values)
+        np.testing.assert_allclose(results[-1], expected, atol=1e-5)
+    assert np.abs(results[1] - results[0]).max() > 1e-3
+
+
 def test_clipping_limits_the_update_by_the_global_batch():
     network, loop = make_loop(dataclasses.replace(SGD, clip_norm=1e-3, learning_rate=1.0))
     before = [weight.numpy() for weight in network.model.trainable_weights]

@@ -175,7 +175,7 @@ def _load_job_dir(directory: str) -> Classifier:
     import tensorflow as tf
 
     from trainer.data.preprocessing import decode_image, preprocess
-    from trainer.models import backbones, gradcam, networks
+    from trainer.models import backbones, folded, gradcam, networks
 
     paths = JobDir(directory)
     files.check_links(directory)
@@ -184,13 +184,15 @@ def _load_job_dir(directory: str) -> Classifier:
     if not files.exists(paths.best_weights):
         raise UserError(f"{paths.best_weights} does not exist yet: wait for the first epoch of the run.")
     network_input = backbones.input_from_flags(settings)
-    network = networks.rebuild(
-        paths.best_weights,
-        num_classes=len(class_names),
-        image_size=network_input.image_size,
-        backbone=recorded(settings, "backbone"),
-        head=settings["head"],
-        temperature=paths.read_temperature(),
+    network = folded.fold_network(
+        networks.rebuild(
+            paths.best_weights,
+            num_classes=len(class_names),
+            image_size=network_input.image_size,
+            backbone=recorded(settings, "backbone"),
+            head=settings["head"],
+            temperature=paths.read_temperature(),
+        )
     )
 
     # Without AutoGraph: it evaluates the annotations among the module's globals, where tf is not imported.

@@ -16,6 +16,7 @@ from absl import logging
 from trainer.cli import memory_error
 from trainer.data.sampler import EpochPlan
 from trainer.errors import UserError
+from trainer.models import folded
 from trainer.runtime import agreement
 from trainer.runtime.devices import Devices
 from trainer.training import interruption
@@ -70,6 +71,7 @@ class TrainingLoop:
             tf.function(self._gradients, autograph=False, jit_compile=True) if jit_compile else self._gradients
         )
         self._train_steps = tf.function(self._steps, reduce_retracing=True)
+        self._folded: keras.Model | None = None
         self._infer: Callable | None = None
 
     def trace(self, iterator: Iterator) -> None:
@@ -246,10 +248,19 @@ class TrainingLoop:
     ) -> ModelOutputs:
         """Logits float32 [N, C] of one pass, on all replicas. Raises TrainingInterrupted as run_inference does."""
         if self._infer is None:  # traced once, not once per epoch
-            backbone, head = self.backbone, self.head
-            network = (lambda x: head(backbone(x, training=False))) if backbone else head
-            self._infer = make_inference(network, self._devices)
+            self._infer = make_inference(self._inference_network(), self._devices)
+        elif self._folded:
+            folded.refresh(self._folded, self.backbone)
         return run_inference(self._infer, batches, plan, stop_requested=stop_requested)
+
+    def _inference_network(self) -> Callable[[tf.Tensor], tf.Tensor]:
+        """The function of a batch -> logits, with the backbone folded."""
+        head = self.head
+        if self.backbone is None:
+            return head
+        with self._devices.strategy.scope():
+            self._folded = backbone = folded.fold(self.backbone)
+        return lambda x: head(backbone(x, training=False))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

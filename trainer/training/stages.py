@@ -4,6 +4,7 @@ Shapes: N training and V validation examples, F features, C classes.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable
 
@@ -18,6 +19,7 @@ from trainer.data.dataset import Split
 from trainer.data.image_source import ImageSource
 from trainer.data.input_pipeline import ArraySource, BatchTransform, FileSource
 from trainer.data.preprocessing import Augmentation, NetworkInput
+from trainer.models import folded
 from trainer.models.networks import Network
 from trainer.runtime import agreement
 from trainer.runtime.devices import Devices
@@ -134,7 +136,9 @@ def read_features(inputs: StageInputs, *, feature_dir: str, feature_source: tupl
 
 
 def _feature_name(inputs: StageInputs, feature_source: tuple) -> str:
-    return feature_cache.cache_key(inputs.images.hashes, *feature_source, inputs.precision)
+    """The key of cached features. In half precision, those of a folded backbone are not those of earlier versions."""
+    variant = [] if inputs.precision == "float32" else ["folded"]  # in float32 they differ by rounding alone
+    return feature_cache.cache_key(inputs.images.hashes, *feature_source, inputs.precision, *variant)
 
 
 def _head_fit(inputs: StageInputs, features: ModelOutputs) -> Callable[[], EpochTotals]:
@@ -233,7 +237,9 @@ def flips_keep_labels(inputs: StageInputs, probabilities: np.ndarray) -> bool:
     source = inputs.images.source(inputs.images.split_indices[1])
     transform = BatchTransform(inputs.network_input.preprocessing, None, backbone.compute_dtype)
     plan, batches = _validation_batches(inputs, source, transform)()
-    infer = make_inference(lambda x: head(backbone(x[:, :, ::-1], training=False), training=False), inputs.devices)
+    with inputs.devices.strategy.scope():
+        inference = folded.fold(backbone)
+    infer = make_inference(lambda x: head(inference(x[:, :, ::-1], training=False), training=False), inputs.devices)
     outputs = run_inference(infer, batches, plan, stop_requested=inputs.stop_requested)
     as_is, flipped = (
         (values.argmax(axis=1) == labels)[outputs.is_readable] for values in (probabilities, outputs.values)
@@ -263,7 +269,13 @@ def _feature_function(inputs: StageInputs, batch_times: list[tuple[float, int]])
     It adds the end of each batch, in seconds of the monotonic clock, and its number of images to `batch_times`.
     """
     backbone, devices = inputs.network.backbone, inputs.devices
-    infer = make_inference(lambda x: backbone(x, training=False), devices)
+
+    @functools.cache
+    def make_infer() -> Callable:  # not where all features are cached
+        with devices.strategy.scope():
+            inference = folded.fold(backbone)
+        return make_inference(lambda x: inference(x, training=False), devices)
+
     transform = BatchTransform(inputs.network_input.preprocessing, None, backbone.compute_dtype)
     batch_size = INFERENCE_BATCH * devices.replicas
 
@@ -280,7 +292,7 @@ def _feature_function(inputs: StageInputs, batch_times: list[tuple[float, int]])
                 bar.update(len(outputs.values))
                 on_features(outputs)
 
-            return run_inference(infer, batches, plan, on_batch=on_batch, stop_requested=inputs.stop_requested)
+            return run_inference(make_infer(), batches, plan, on_batch=on_batch, stop_requested=inputs.stop_requested)
 
     return compute
 

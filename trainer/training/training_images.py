@@ -9,7 +9,7 @@ from absl import logging
 
 from trainer.data import shards
 from trainer.data.preprocessing import decode_image, preprocess
-from trainer.models import novelty
+from trainer.models import folded, novelty
 from trainer.models.networks import Network
 from trainer.models.novelty import Novelty
 from trainer.storage import files
@@ -38,6 +38,7 @@ def fit_novelty(
             np.linspace(0, len(validation) - 1, min(len(validation), _MAX_VALIDATION_IMAGES)).astype(int)
         ]
         logging.info("Novelty: features of %d images by the best network.", len(bank) + len(shown))
+        network = folded.fold_network(network)
         values = [_features_of_files(network, inputs, index, data_dir) for index in (bank, shown)]
     if not all(map(len, values)):
         return None
