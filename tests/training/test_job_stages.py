@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 from trainer.config import Config
 from trainer.models import backbones
-from trainer.training import job_stages
+from trainer.training import feature_cache, job_stages, stages
 from trainer.training.trainer import HEAD, WHOLE_NETWORK
 
 
@@ -19,6 +19,18 @@ def test_cached_features_are_of_one_backbone_and_one_input():
     sources = [repr(feature_source(**flags)) for flags in changes]
     assert len(set(sources)) == len(changes)
     assert repr(feature_source(learning_rate=0.5, seed=3)) == sources[0]
+
+
+def test_features_of_a_folded_backbone_have_the_key_of_earlier_ones_where_they_differ_by_rounding_alone():
+    def name(precision: str) -> str:
+        inputs = SimpleNamespace(images=SimpleNamespace(hashes=("h",)), precision=precision)
+        return stages._feature_name(inputs, ("source",))
+
+    def earlier_name(precision: str) -> str:
+        return feature_cache.cache_key(("h",), "source", precision)
+
+    assert name("float32") == earlier_name("float32")
+    assert name("mixed_bfloat16") != earlier_name("mixed_bfloat16")
 
 
 def test_pretrained_weights_are_fine_tuned_at_a_relative_rate():
