@@ -5,7 +5,12 @@
         prints what would be submitted, after checking each field against the API definition of Vertex AI
     python deploy/submit.py vertex --config=deploy/vertex/one-gpu.yaml
         submits it and prints the job's resource name and its URL in the console
+    python deploy/submit.py vertex --config=deploy/vertex/one-gpu.yaml --then=upload,deploy
+        waits for the job, uploads its model, deploys it to an endpoint and prints how to use and how to remove it
+    python deploy/submit.py vertex --config=deploy/vertex/one-gpu.yaml --then=batch --batch_source=gs://BUCKET/list.txt
+        waits for the job, uploads its model and classifies the images in the list
 
+With --then, the same command resumes where an earlier one was stopped: it finds the job, the model and the endpoint.
 An environment variable overrides settings.env: `RUN=second python deploy/submit.py ...`.
 """
 
@@ -14,7 +19,7 @@ import re
 import string
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags, logging
@@ -24,6 +29,8 @@ from trainer.errors import UserError
 
 SETTINGS_PATH = os.path.join(os.path.dirname(__file__), "vertex", "settings.env")
 REQUIRED_SETTINGS = ("PROJECT", "REGION", "RUN")
+STEPS = ("upload", "deploy", "batch")  # of --then
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 
 def define_flags() -> None:
@@ -31,6 +38,23 @@ def define_flags() -> None:
     flags.DEFINE_string("config", "", "Specification of the job, such as deploy/vertex/one-gpu.yaml.")
     flags.DEFINE_string("settings", SETTINGS_PATH, "File of NAME=value lines for each ${NAME} in the specification.")
     flags.DEFINE_boolean("dry_run", False, "Check everything and print the result, but submit nothing.")
+    flags.DEFINE_list(
+        "then",
+        "",
+        "Comma-separated steps after the job: upload (to the model registry), deploy (to an endpoint), batch (prediction). "
+        "The last two upload too.",
+    )
+    flags.DEFINE_string(
+        "endpoint", "pictures", "ID of the endpoint for --then=deploy: lower-case letters, digits and -."
+    )
+    flags.DEFINE_string("machine_type", "n1-standard-4", "Machine that serves the model, for --then=deploy and batch.")
+    flags.DEFINE_integer("max_replicas", 1, "Most machines that serve the model; a batch uses all.", lower_bound=1)
+    flags.DEFINE_string(
+        "batch_source",
+        "",
+        "gs:// path for --then=batch: a text file with the gs:// path of an image per line, or a .jsonl of instances.",
+    )
+    flags.DEFINE_float("poll_secs", 30.0, "Seconds between two questions for the state of a job.", lower_bound=0.01)
     flags.DEFINE_string(
         "api_endpoint",
         "",
@@ -39,11 +63,12 @@ def define_flags() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Checks and submits the job that the flags describe; returns the exit code."""
+    """Checks and submits the job that the flags describe, and does the steps of --then; returns the exit code."""
     if arguments != ["vertex"]:
         raise UserError(f"The arguments are {' '.join(arguments)!r}: pass `vertex`, the only supported platform.")
     if not flags.FLAGS.config:
         raise UserError("--config is not set: pass a specification, such as deploy/vertex/one-gpu.yaml.")
+    _check_steps()
     settings = read_settings(_read(flags.FLAGS.settings, "--settings"), os.environ)
     for name in REQUIRED_SETTINGS:
         if not settings.get(name):
@@ -53,12 +78,102 @@ def main(arguments: list[str]) -> int:
     if flags.FLAGS.dry_run:
         print(_as_yaml(job), end="")
         return 0
-    project, region = settings["PROJECT"], settings["REGION"]
-    name = submit(job, project=project, region=region, endpoint=flags.FLAGS.api_endpoint)
-    job_id = name.rpartition("/")[2]
-    print(name)
-    print(f"https://console.cloud.google.com/vertex-ai/locations/{region}/training/{job_id}?project={project}")
-    return 0
+    return _answer_errors(lambda: _run(job, settings))
+
+
+def _check_steps() -> None:
+    """Raises UserError for steps of --then that are unknown or lack a flag, before a machine is paid for."""
+    unknown = sorted(set(flags.FLAGS.then) - set(STEPS))
+    if unknown:
+        raise UserError(f"--then has {', '.join(unknown)}: pass one or more of {', '.join(STEPS)}.")
+    if ("batch" in flags.FLAGS.then) != bool(flags.FLAGS.batch_source):
+        raise UserError("--then=batch and --batch_source=gs://... require each other: pass both.")
+    if flags.FLAGS.batch_source and not flags.FLAGS.batch_source.startswith("gs://"):
+        raise UserError(f"--batch_source is {flags.FLAGS.batch_source}: pass a file in a bucket, gs://BUCKET/list.txt.")
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", flags.FLAGS.endpoint):
+        raise UserError(
+            f"--endpoint is {flags.FLAGS.endpoint!r}: pass at most 63 lower-case letters, digits and -, from a letter on."
+        )
+
+
+def _answer_errors(action: Callable[[], None]) -> int:
+    """The exit code of `action`; raises UserError for what Vertex AI rejects (HTTP 4xx)."""
+    from google.api_core import exceptions
+    from google.auth import exceptions as auth_exceptions
+
+    try:
+        action()
+        return 0
+    except auth_exceptions.DefaultCredentialsError:
+        raise UserError("There are no credentials: run `gcloud auth application-default login`.") from None
+    except exceptions.ClientError as error:  # 4xx: a retry fails in the same way
+        raise UserError(f"Vertex AI rejects the request: {error.message}") from None
+    except exceptions.GoogleAPIError as error:
+        cli.print_error(UserError(f"Vertex AI does not answer ({error}): start the same command again; it resumes."))
+        return cli.EXIT_RETRY
+    except KeyboardInterrupt:
+        cli.print_error(UserError("Stopped. What was started goes on: start the same command again to wait for it."))
+        return EXIT_INTERRUPTED
+
+
+def _run(job: Any, settings: dict[str, str]) -> None:
+    """Submits the job and does the steps of --then."""
+    import vertex_ai  # in the folder of this file; it requires the packages of the extra `deploy`
+
+    region = vertex_ai.Region(settings["PROJECT"], settings["REGION"], flags.FLAGS.api_endpoint)
+    vertex_ai.add_specification_label(job)
+    steps = flags.FLAGS.then
+    submitted = vertex_ai.find_or_submit(region, job) if steps else vertex_ai.submit(region, job)
+    job_id = submitted.name.rpartition("/")[2]
+    print(submitted.name)
+    print(
+        f"https://console.cloud.google.com/vertex-ai/locations/{region.name}/training/{job_id}?project={region.project}",
+        flush=True,
+    )
+    if not steps:
+        return
+    done = vertex_ai.wait_for_job(region, submitted, poll_secs=flags.FLAGS.poll_secs)
+    job_dir = vertex_ai.job_dir_of(done)
+    image = custom_job_spec(job).worker_pool_specs[0].container_spec.image_uri
+    model = vertex_ai.upload(region, job_name=done.name, job_dir=job_dir, image=image, run=settings["RUN"])
+    print(f"Model: {model.name}\n  {model.description}", flush=True)
+    machines = {"machine_type": flags.FLAGS.machine_type, "max_replicas": flags.FLAGS.max_replicas}
+    if "deploy" in steps:
+        print(
+            _use_of(*vertex_ai.deploy(region, model, endpoint_id=flags.FLAGS.endpoint, **machines), region), flush=True
+        )
+    if "batch" in steps:
+        output = vertex_ai.predict_batch(
+            region,
+            model,
+            source=flags.FLAGS.batch_source,
+            output=f"{job_dir}/batch",
+            poll_secs=flags.FLAGS.poll_secs,
+            **machines,
+        )
+        print(f"Predictions: {output}\n  gcloud storage cat '{output}/prediction.results-*'")
+
+
+def _use_of(endpoint: Any, deployed_id: str, region: Any) -> str:
+    """The lines that say how to send an image to the endpoint, and how to stop paying for it."""
+    host = f"https://{endpoint.dedicated_endpoint_dns or f'{region.name}-aiplatform.googleapis.com'}"
+    options = f"--region={region.name} --project={region.project}"
+    endpoint_id = endpoint.name.rpartition("/")[2]
+    lines = [
+        f"Endpoint: {endpoint.name}",
+        "To classify an image:",
+        """  echo "{\\"instances\\": [{\\"bytes\\": {\\"b64\\": \\"$(base64 -w0 photo.jpg)\\"}}]}" > request.json""",
+        '  curl --header "Authorization: Bearer $(gcloud auth print-access-token)" --header "Content-Type: application/json" '
+        f"--data @request.json {host}/v1/{endpoint.name}:predict",
+        f"Each deployed model costs at least one {flags.FLAGS.machine_type} until it is removed:",
+    ]
+    for model in sorted(endpoint.deployed_models, key=lambda one: one.id != deployed_id):
+        command = f"gcloud ai endpoints undeploy-model {endpoint_id} {options} --deployed-model-id={model.id}"
+        lines.append(
+            f"  {command}" + ("" if model.id == deployed_id else f"  # {model.display_name}: gets no requests")
+        )
+    lines.append(f"  gcloud ai endpoints delete {endpoint_id} {options}")
+    return "\n".join(lines)
 
 
 def read_settings(text: str, environment: Mapping[str, str]) -> dict[str, str]:
@@ -112,32 +227,6 @@ def parse(text: str, settings: dict[str, str], source: str) -> Any:
 def custom_job_spec(job: Any) -> Any:
     """The CustomJobSpec of a CustomJob, or that of the trials of a HyperparameterTuningJob."""
     return job.job_spec if hasattr(job, "job_spec") else job.trial_job_spec
-
-
-def submit(job: Any, *, project: str, region: str, endpoint: str) -> str:
-    """Submits the job and returns its resource name. Raises UserError if Vertex AI rejects it (HTTP 4xx)."""
-    v1, _, _ = _client()
-    from google.api_core import exceptions
-    from google.auth import exceptions as auth_exceptions
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud.aiplatform_v1.services.job_service.transports import JobServiceRestTransport
-
-    scheme, _, host = endpoint.rpartition("://")
-    try:
-        transport = JobServiceRestTransport(
-            host=host or f"{region}-aiplatform.googleapis.com",
-            url_scheme=scheme or "https",
-            credentials=AnonymousCredentials() if scheme == "http" else None,
-        )
-        client = v1.JobServiceClient(transport=transport)
-        parent = f"projects/{project}/locations/{region}"
-        if isinstance(job, v1.HyperparameterTuningJob):
-            return client.create_hyperparameter_tuning_job(parent=parent, hyperparameter_tuning_job=job).name
-        return client.create_custom_job(parent=parent, custom_job=job).name
-    except auth_exceptions.DefaultCredentialsError:
-        raise UserError("There are no credentials: run `gcloud auth application-default login`.") from None
-    except exceptions.ClientError as error:  # 4xx: a retry fails in the same way
-        raise UserError(f"Vertex AI rejects the job: {error.message}") from None
 
 
 def _check_arguments(job: Any) -> None:

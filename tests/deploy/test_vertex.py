@@ -11,11 +11,15 @@ import shutil
 import string
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 
 import pytest
 from absl import flags
 
-from tests.support import trainer_flags
+from tests.support import trainer_flags, written_job
+from tests.support.bucket import upload as upload_folder
 from tests.support.paths import ROOT
 from trainer import serve, task
 from trainer.errors import UserError
@@ -35,6 +39,10 @@ SPECS = sorted(path.name for path in VERTEX.glob("*.yaml"))
 MACHINES = {"one-gpu.yaml": 1, "eight-gpus.yaml": 1, "several-machines.yaml": 4, "spot.yaml": 1, "tuning.yaml": 1}
 # Accelerators of each machine type: https://cloud.google.com/compute/docs/gpus
 ACCELERATORS = {"g2-standard-8": ("NVIDIA_L4", 1), "a2-highgpu-8g": ("NVIDIA_TESLA_A100", 8)}
+
+
+sys.path.append(str(ROOT / "deploy"))  # as in `python deploy/submit.py`
+import vertex_ai  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +67,14 @@ def run_submit(*arguments, **environment) -> subprocess.CompletedProcess:
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         check=False,
     )
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def key_paths(value, path=()):
@@ -236,6 +252,8 @@ def test_each_user_error_is_one_line_with_exit_code_2(tmp_path):
             "--config is not set": run_submit("vertex"),
             "cannot be read": run_submit("vertex", "--config=nowhere.yaml"),
             "'recipes'": run_submit("vertex", f"--config={wrong_flag}", "--dry_run"),
+            "pass one or more of upload, deploy, batch": run_submit("vertex", "--config=x", "--then=uplaod"),
+            "require each other": run_submit("vertex", "--config=x", "--then=batch"),
             "PROJECT has no value": run_submit("vertex", f"--config={wrong_flag}", f"--settings={empty}"),
             "rejected for the test": run_submit(
                 "vertex", "--config=deploy/vertex/one-gpu.yaml", f"--api_endpoint={url}"
@@ -296,6 +314,121 @@ def test_gcloud_submits_each_specification(name, settings, tmp_path):
             for step in path:
                 expected, actual = expected[step], actual[step]
             assert actual == expected, path
+
+
+def finished_job_dir(bucket_url) -> str:
+    """A bucket with the job_dir of a finished run, jobs/second."""
+    with tempfile.TemporaryDirectory() as folder:
+        upload_folder(written_job.make_job_dir(pathlib.Path(folder)), f"{bucket_url}/jobs/second")
+    return str(bucket_url).removeprefix("gs://")
+
+
+STEPS = ("--then=upload,deploy,batch", "--batch_source=gs://my-bucket/list.txt", "--poll_secs=0.05")
+
+
+@pytest.mark.slow
+def test_a_model_is_uploaded_deployed_and_used_after_the_job_once_over_several_calls(bucket_url, tmp_path):
+    bucket = finished_job_dir(bucket_url)
+    service = vertex_emulator.Service(operation_reads=2)
+    arguments = ("vertex", "--config=deploy/vertex/one-gpu.yaml", *STEPS)
+    with vertex_emulator.run(service=service) as (url, requests):
+        done = run_submit(*arguments, f"--api_endpoint={url}", RUN="second", BUCKET=bucket)
+        assert done.returncode == 0, done.stderr
+        paths = [request.path.rpartition("us-central1/")[2] for request in requests]
+        assert paths == [
+            "customJobs",
+            "models:upload",
+            "endpoints",
+            "endpoints/pictures:deployModel",
+            "batchPredictionJobs",
+        ]
+        again = run_submit(*arguments, f"--api_endpoint={url}", RUN="second", BUCKET=bucket)
+        assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
+        assert len(requests) == 5, "the second call created something"
+        command = next(line for line in done.stdout.splitlines() if "undeploy-model" in line)
+        removed = gcloud(url, tmp_path, *[word for word in command.split()[1:] if not word.startswith("--region")])
+        assert removed.returncode == 0, removed.stderr
+    _, upload, _, deployment, batch = (request.message for request in requests[:5])
+    model, job_dir = upload.model, f"gs://{bucket}/jobs/second"
+    assert model.artifact_uri == f"{job_dir}/model"
+    assert list(model.container_spec.command) == ["python3", "-m", "trainer.serve"]
+    assert model.container_spec.image_uri.endswith("/picture-trainer:0.1.0")
+    assert dict(model.labels) == {
+        "run": "second",
+        "training-job": "1000",
+        "backbone": "resnet50",
+        "classes": "4",
+        "val-accuracy": "0-7500",
+    }
+    assert "Validation accuracy 0.7500 (0.409 to 0.929) of 8 images" in model.description
+    assert f"{job_dir}/model_card.md" in model.description
+    assert deployment.deployed_model.model == model.name
+    assert dict(deployment.traffic_split) == {"0": 100}
+    assert batch.model == model.name
+    assert batch.input_config.instances_format == "file-list"
+    assert batch.output_config.gcs_destination.output_uri_prefix == f"{job_dir}/batch"
+    endpoint = service.resources["projects/my-project/locations/us-central1/endpoints/pictures"]
+    assert not endpoint.deployed_models  # after the printed command
+    assert f"https://{endpoint.dedicated_endpoint_dns}/v1/{endpoint.name}:predict" in done.stdout
+    assert f"{job_dir}/batch/prediction-first" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_call_after_a_kill_continues_the_upload_that_was_started(bucket_url, submit):
+    bucket = finished_job_dir(bucket_url)
+    service = vertex_emulator.Service(operation_reads=10**6)
+    arguments = [sys.executable, "deploy/submit.py", "vertex", "--config=deploy/vertex/one-gpu.yaml", *STEPS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RUN": "second", "BUCKET": bucket}
+    with vertex_emulator.run(service=service) as (url, requests):
+        process = subprocess.Popen([*arguments, f"--api_endpoint={url}"], env=environment, cwd=ROOT)
+        wait_until(lambda: service.operations, process)
+        process.kill()
+        process.wait()
+        service.operation_reads = 1
+        region = vertex_ai.Region("my-project", "us-central1", url)
+        (operation,) = service.operations
+        threading.Timer(1.0, lambda: region.models.transport.operations_client.get_operation(operation)).start()
+        (job,) = [one for name, one in service.resources.items() if "customJobs" in name]
+        model = vertex_ai.upload(
+            region, job_name=job.name, job_dir=f"gs://{bucket}/jobs/second", image="image", run="second"
+        )
+    assert model.name.endswith("/models/picture-trainer-1000")
+    uploads = [request for request in requests if request.path.endswith(":upload")]
+    assert len({request.message.model_id for request in uploads}) == 1
+    assert len([name for name in service.resources if "/models/" in name]) == 1
+
+
+def test_a_job_is_found_by_its_specification_unless_it_failed(submit, settings):
+    text = (VERTEX / "one-gpu.yaml").read_text()
+    service = vertex_emulator.Service(job_error="The replica workerpool0-0 exited with a non-zero status of 2.")
+    with vertex_emulator.run(service=service) as (url, requests):
+        region = vertex_ai.Region("my-project", "us-central1", url)
+
+        def find_or_submit(text: str):
+            job = submit.parse(text, settings, "one-gpu.yaml")
+            vertex_ai.add_specification_label(job)
+            return vertex_ai.find_or_submit(region, job)
+
+        first = find_or_submit(text)
+        assert find_or_submit(text).name == first.name
+        other = find_or_submit(text.replace("--require_gpu", "--norequire_gpu"))
+        assert other.name != first.name
+        with pytest.raises(UserError, match="FAILED: The replica workerpool0-0 exited"):
+            vertex_ai.wait_for_job(region, first, poll_secs=0.01)
+        assert find_or_submit(text).name not in (first.name, other.name)
+    assert len(requests) == 3
+
+
+def test_the_model_of_a_tuning_job_is_that_of_its_best_trial(submit, settings):
+    job = submit.parse((VERTEX / "tuning.yaml").read_text(), settings, "tuning.yaml")
+    for number, value in ((1, 0.8), (2, 0.9), (3, 0.7)):
+        measurement = vertex_ai.v1.Measurement(metrics=[{"metric_id": "val_accuracy", "value": value}])
+        job.trials.append(vertex_ai.v1.Trial(id=str(number), state="SUCCEEDED", final_measurement=measurement))
+    job.trials.append(vertex_ai.v1.Trial(id="4", state="INFEASIBLE"))
+    assert vertex_ai.job_dir_of(job) == "gs://my-bucket/jobs/first/2"
+    del job.trials[:3]
+    with pytest.raises(UserError, match="No trial"):
+        vertex_ai.job_dir_of(job)
 
 
 README = (ROOT / "deploy" / "README.md").read_text().replace("\\\n", " ")
