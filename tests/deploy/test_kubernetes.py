@@ -87,6 +87,8 @@ def fields(value, path=()):
             yield from fields(item, (*path, i))
     elif isinstance(value, dict):
         user_defined = {
+            "annotations",
+            "volumeAttributes",
             "labels",
             "matchLabels",
             "data",
@@ -169,6 +171,8 @@ ERRORS = [
     ("one-gpu", "DATA_DIR: ", "DATA_DIRECTORY: "),
     ("spot", "terminationGracePeriodSeconds: 15", "terminationGracePeriodSeconds: fifteen"),
     ("spot", "effect: NoSchedule", "effect: NoShedule"),
+    ("fuse", "driver: gcsfuse", "drivers: gcsfuse"),
+    ("fuse", "  - csi:", "  - cso:"),
     ("kueue", "suspend: true", "suspended: true"),
     ("volume", "claimName: pictures", "claimName: picture"),
     ("volume", "ReadWriteOnce", "ReadWriteOne"),
@@ -227,7 +231,9 @@ def pod_failure_action(policy: dict, *, exit_code: int | None = None, is_disrupt
     return "Count"
 
 
-@pytest.mark.parametrize("name", ["one-gpu", "several-hosts", "spot", "kueue", "volume", "production", "../katib"])
+@pytest.mark.parametrize(
+    "name", ["one-gpu", "several-hosts", "spot", "flex-start", "kueue", "volume", "fuse", "production", "../katib"]
+)
 def test_a_job_is_not_retried_after_a_user_error(name):
     resources = manifests.with_trial_jobs(manifests.render(f"overlays/{name}"))
     (job,) = [resource for resource in resources if resource["kind"] == "Job"]
@@ -290,6 +296,19 @@ def test_the_namespace_enforces_the_restricted_profile():
 def test_the_production_overlay_uses_an_image_digest():
     (pods,) = manifests.all_pods(manifests.render("overlays/production"))
     assert "@sha256:" in pods.container["image"]
+
+
+def test_images_of_a_mounted_bucket_are_read_from_the_mount():
+    (pods,) = manifests.all_pods(manifests.render("overlays/fuse"))
+    (environment,) = manifests.environments(pods, manifests.render("overlays/fuse"))
+    assert environment["DATA_DIR"].startswith("/bucket/")
+    assert environment["JOB_DIR"].startswith("gs://")
+    (volume,) = [volume for volume in pods.spec["volumes"] if "csi" in volume]
+    options = volume["csi"]["volumeAttributes"]["mountOptions"]
+    assert " " not in options
+    assert {"implicit-dirs", "uid=65532", "file-cache:max-size-mb:16000"} <= set(options.split(","))
+    user = pods.spec["securityContext"]["runAsUser"]
+    assert f"uid={user}" in options
 
 
 def test_the_grace_period_of_a_spot_pod_is_at_most_15_seconds():

@@ -36,7 +36,7 @@ from tests.support import vertex_emulator  # noqa: E402 - after the check that i
 
 VERTEX = ROOT / "deploy" / "vertex"
 SPECS = sorted(path.name for path in VERTEX.glob("*.yaml"))
-MACHINES = {"one-gpu.yaml": 1, "eight-gpus.yaml": 1, "several-machines.yaml": 4, "spot.yaml": 1, "tuning.yaml": 1}
+MACHINES = dict.fromkeys(SPECS, 1) | {"several-machines.yaml": 4}
 # Accelerators of each machine type: https://cloud.google.com/compute/docs/gpus
 ACCELERATORS = {"g2-standard-8": ("NVIDIA_L4", 1), "a2-highgpu-8g": ("NVIDIA_TESLA_A100", 8)}
 
@@ -124,6 +124,8 @@ def test_an_unknown_field_anywhere_is_rejected(name, submit, settings):
         ("one-gpu.yaml", "${IMAGE}", "$ IMAGE"),
         ("one-gpu.yaml", "machineSpec:", "machineSpec: ["),
         ("spot.yaml", "strategy: SPOT", "strategy: SPOTTY"),
+        ("flex-start.yaml", "strategy: FLEX_START", "strategy: DWS_FLEX_START"),
+        ("reservation.yaml", "SPECIFIC_RESERVATION", "SPECIFIC"),
         ("tuning.yaml", "goal: MAXIMIZE", "goal: MAX"),
         ("tuning.yaml", "scaleType: UNIT_LOG_SCALE", "scaleType: LOG"),
     ],
@@ -189,6 +191,25 @@ def test_the_trainer_accepts_arguments_and_environment_of_vertex(name, submit, s
     assert complete.job_dir == base
     assert complete.model_dir == f"{base}/model"
     assert config.batch_size % sum(pool.machine_spec.accelerator_count * pool.replica_count for pool in pools) == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(SPECS) - {"tuning.yaml"}))
+def test_the_learning_rate_follows_the_batch(name, submit, settings):
+    """Measured: 3e-4 for 32 images (docs/recipe.md). LAMB's rule for other batches is the square root."""
+    job = submit.parse((VERTEX / name).read_text(), settings, name)
+    config = trainer_flags.parse(list(job.job_spec.worker_pool_specs[0].container_spec.args))
+    assert config.recipe == "finetune"
+    assert config.learning_rate == pytest.approx(3e-4 * (config.batch_size / 32) ** 0.5, rel=0.02)
+
+
+def test_jobs_that_wait_for_a_machine_say_how_long(submit, settings):
+    for name, strategy in (("spot.yaml", "SPOT"), ("flex-start.yaml", "FLEX_START")):
+        scheduling = submit.parse((VERTEX / name).read_text(), settings, name).job_spec.scheduling
+        assert scheduling.strategy.name == strategy
+        assert scheduling.max_wait_duration.total_seconds() > 0
+        assert scheduling.timeout.total_seconds() <= 7 * 86400  # the limit of flexible start
+    spot = submit.parse((VERTEX / "spot.yaml").read_text(), settings, "spot.yaml")
+    assert spot.job_spec.scheduling.restart_job_on_worker_restart
 
 
 @pytest.mark.parametrize("name", SPECS)
