@@ -153,7 +153,9 @@ def memory_error(error: Exception) -> UserError | None:
     """What was too large, and what to try, if Python or TensorFlow could not allocate memory; else None."""
     # TensorFlow is not imported here. XLA raises an InternalError with this status in its text.
     is_tensorflow = type(error).__module__.startswith("tensorflow.")
-    is_exhausted = type(error).__name__ == "ResourceExhaustedError" or "RESOURCE_EXHAUSTED" in str(error)
+    # cuDNN finds no algorithm where none fits in the memory of the GPU (tensorflow#45068, #60713).
+    texts = ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY", "CUDNN_STATUS_ALLOC_FAILED", "No algorithm worked!")
+    is_exhausted = type(error).__name__ == "ResourceExhaustedError" or any(text in str(error) for text in texts)
     if not isinstance(error, MemoryError) and not (is_tensorflow and is_exhausted):
         return None
     reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__

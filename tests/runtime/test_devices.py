@@ -35,6 +35,24 @@ def test_an_explicit_precision_is_used_and_the_fallback_is_float32(tmp_path):
     assert devices.choose_precision("auto", "TPU")[0] == "mixed_bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ([(6, 1)], "float32"),
+        ([(7, 5)], "mixed_float16"),
+        ([(8, 0)], "mixed_bfloat16"),
+        ([(8, 9)], "mixed_bfloat16"),
+        ([(9, 0)], "mixed_bfloat16"),
+        ([(9, 0), (7, 0)], "mixed_float16"),
+    ],
+)
+def test_precision_depends_on_the_oldest_gpu(monkeypatch, capabilities, expected):
+    config = devices.tf.config
+    monkeypatch.setattr(config, "list_physical_devices", lambda kind: capabilities)
+    monkeypatch.setattr(config.experimental, "get_device_details", lambda gpu: {"compute_capability": gpu})
+    assert devices.choose_precision("auto", "GPU")[0] == expected
+
+
 def test_xla_is_refused_where_replicas_exchange_statistics():
     gpu = dataclasses.replace(ONE, kind="GPU")
     several = dataclasses.replace(gpu, replicas=2, local_replicas=2)

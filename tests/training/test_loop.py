@@ -232,6 +232,12 @@ def test_without_parts_too_little_memory_is_the_users_error():
     assert "There is not enough memory for" in str(cli.memory_error(raised.value))
 
 
+def test_what_cudnn_reports_without_memory_is_the_users_error():
+    reason = "No algorithm worked!  Error messages:  Profiling failure on CUDNN engine eng0: CUDNN_STATUS_ALLOC_FAILED"
+    assert "There is not enough memory for" in str(cli.memory_error(tf.errors.NotFoundError(None, None, reason)))
+    assert cli.memory_error(tf.errors.NotFoundError(None, None, "no such file")) is None
+
+
 def test_parts_that_would_not_be_equal_are_refused():
     with pytest.raises(UserError, match="each device computes 8 images of the batch, which cannot be divided into 3"):
         make_loop(accumulate_steps=3)

@@ -50,8 +50,10 @@ def start(
     """
     gpus = tf.config.list_physical_devices("GPU")
     _check_gpus(gpus, require_gpu)
-    for device in gpus:  # leaves unused memory to other processes
-        tf.config.experimental.set_memory_growth(device, True)
+    for device in gpus:
+        # Leaves unused memory to other processes. TensorFlow refuses it for a card that is split into logical devices.
+        if tf.config.get_logical_device_configuration(device) is None:
+            tf.config.experimental.set_memory_growth(device, True)
     kind = "GPU" if gpus else "CPU"
     if cluster.workers > 1:
         implementation = tf.distribute.experimental.CommunicationImplementation
@@ -115,7 +117,13 @@ def _check_gpus(gpus: list, require_gpu: bool) -> None:
 
 
 def choose_precision(flag: str, kind: str, *, cpuinfo: str = "/proc/cpuinfo") -> tuple[str, str]:
-    """The Keras dtype policy for --precision, and the reason for it. `cpuinfo` describes the processor on Linux."""
+    """The Keras dtype policy for --precision, and the reason for it. `cpuinfo` describes the processor on Linux.
+
+    GPUs of compute capability 8.0 and above compute bfloat16 as fast as float16; older ones emulate it. bfloat16 has the
+    range of float32. In float16 the gradients of pretrained weights overflow: they are in the thousands, and Keras scales the
+    loss by 32,768 at first, where float16 ends at 65,504; each overflow skips a step. TensorFlow has bfloat16 kernels
+    for convolutions and batch normalization on GPUs since 2.12 (tensorflow#58512); before, they were slow (tensorflow#59050).
+    """
     if flag != "auto":
         return flag, "set by --precision"
     if kind == "GPU":
@@ -124,6 +132,8 @@ def choose_precision(flag: str, kind: str, *, cpuinfo: str = "/proc/cpuinfo") ->
         ]
         capability = min(detail.get("compute_capability", (0, 0)) for detail in details)
         version = ".".join(map(str, capability))
+        if capability >= (8, 0):
+            return "mixed_bfloat16", f"the GPU computes in bfloat16 (compute capability {version}, 8.0 or above)"
         if capability >= (7, 0):
             return "mixed_float16", f"the GPU has tensor cores (compute capability {version}, 7.0 or above)"
         return "float32", f"the GPU's compute capability is {version}: half precision is faster from 7.0 on"
