@@ -35,9 +35,8 @@ lock: $(VENV)/.installed-dev  ## pin the packages of the image with hashes; run 
 	  --no-annotate --custom-compile-command="make lock" --default-index=https://pypi.org/simple \
 	  --constraint=constraints.txt --extra=$$variant --output-file=deploy/image/$$variant.txt setup.py || exit 1; done
 
-audit: $(VENV)/.installed-dev  ## known vulnerabilities of the image's packages; needs access to pypi.org
-	for variant in cpu gpu; do $(BIN)/uvx pip-audit==2.10.1 --strict --require-hashes --disable-pip \
-	  --requirement=deploy/image/$$variant.txt || exit 1; done
+audit: $(VENV)/.installed-dev  ## known vulnerabilities of the image; needs pypi.org, or ADVISORIES=FILE (see scripts/audit)
+	$(BIN)/python scripts/audit $(ADVISORIES)
 
 clean:  ## delete the environment, caches and the demo's output
 	rm -rf $(VENV) demo_job build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*

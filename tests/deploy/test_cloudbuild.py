@@ -55,9 +55,11 @@ def problems(text: str) -> list[str]:
         before.add(step.id)
     built = {argument.removeprefix("--tag=") for step in build.steps for argument in step.args if "--tag=" in argument}
     errors += [f"{image} is pushed but not built" for image in build.images if image not in built]
+    written = {argument.partition("=/workspace/")[2] for step in build.steps for argument in step.args}
+    errors += [f"{path} is uploaded but not written" for path in build.artifacts.objects.paths if path not in written]
     dockerfile = (ROOT / "Dockerfile").read_text()
     for name in re.findall(r"--build-arg=(\w+)=", text):
-        if f"ARG {name}" not in dockerfile and name != "BUILDKIT_INLINE_CACHE":
+        if not re.search(rf"^ARG {name}\b", dockerfile, re.MULTILINE) and name != "BUILDKIT_INLINE_CACHE":
             errors.append(f"the Dockerfile has no ARG {name}")
     for name in re.findall(r"--target=(\w+)", text):
         if f" AS {name}\n" not in dockerfile:
@@ -88,7 +90,10 @@ def test_cloudbuild_yaml_has_no_problems():
         ("--build-arg=VARIANT", "--build-arg=VARIANTS"),
         ("--target=packages", "--target=package"),
         ("args: [check]", "args: [checks]"),
-        ("picture-trainer:${_TAG}\n\ntimeout", "picture-train:${_TAG}\n\ntimeout"),
+        ("picture-trainer:${_TAG}\nartifacts", "picture-train:${_TAG}\nartifacts"),
+        ("paths: [sbom.spdx.json]", "path: [sbom.spdx.json]"),
+        ("    paths: [sbom.spdx.json]", "    paths: [sbom.json]"),
+        ("--build-arg=BASE_IMAGE", "--build-arg=BASE"),
         ("logging: CLOUD_LOGGING_ONLY", "loging: CLOUD_LOGGING_ONLY"),
     ],
 )
@@ -113,6 +118,18 @@ def test_an_unknown_field_anywhere_is_rejected():
     assert len(copies) >= 8
     for changed in copies:
         assert any("unknownField" in problem for problem in problems(yaml.safe_dump(changed)))
+
+
+def test_the_image_has_a_provenance_and_a_list_of_its_packages():
+    fields = yaml.safe_load(TEXT)
+    assert fields["options"]["requestedVerifyOption"] == "VERIFIED"
+    (image,) = fields["images"]
+    (sbom,) = [step for step in fields["steps"] if step["id"] == "sbom"]
+    assert f"docker:{image}" in sbom["args"]
+    for step in fields["steps"]:  # a tag that moves would make two builds differ
+        assert not step["name"].endswith(":latest")
+        if "build" in step["args"]:
+            assert "--build-arg=BASE_IMAGE=${_BASE_IMAGE}" in step["args"]
 
 
 def test_the_image_is_pushed_after_all_tests_have_passed():
