@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tests.support.images import write_images
 from tests.support.paths import TINY_JOB
@@ -55,6 +56,22 @@ def test_a_finished_run_adds_formats_that_are_requested_later(tmp_path):
 
 def contents_and_time(path: str) -> tuple[bytes, int]:
     return pathlib.Path(path).read_bytes(), pathlib.Path(path).stat().st_mtime_ns
+
+
+def test_exports_are_compared_in_full_float32(monkeypatch):
+    is_enabled = tf.config.experimental.tensor_float_32_execution_enabled
+    assert is_enabled()  # TensorFlow's default
+    during = []
+
+    def fail(*arguments):
+        during.append(is_enabled())
+        raise ArithmeticError
+
+    monkeypatch.setattr(exporter, "_parity_reference", fail)
+    with pytest.raises(ArithmeticError):
+        exporter.export_all(None, None, None, None)
+    assert during == [False]
+    assert is_enabled()
 
 
 def test_without_a_readable_validation_image_nothing_is_exported(tmp_path):

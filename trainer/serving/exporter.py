@@ -3,8 +3,9 @@
 Shapes: n validation images of the parity check, V validation images, S pixels to a side, C classes.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +25,22 @@ from trainer.serving.saved_model import ParityReference
 from trainer.storage import files
 
 NUM_PARITY_IMAGES = 32
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Computes float32 as such on GPUs.
+
+    From compute capability 8.0 on, TensorFlow rounds the inputs of convolutions to 10 bits (TensorFloat-32). The runtimes of
+    other formats, on the CPU, do not: https://github.com/tensorflow/community/pull/287. Over the layers of a network this may
+    add up to more than the parity check allows.
+    """
+    was_enabled = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(was_enabled)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +84,7 @@ def rebuild_best(run: FinishedRun, temperature: float) -> Network:
     )
 
 
+@full_float32()
 def export_all(run: FinishedRun, best: Network, is_readable: np.ndarray, known: Novelty | None) -> dict[str, float]:
     """Exports the best network in every format; returns the largest probability difference of each parity check.
 
@@ -85,6 +103,7 @@ def export_all(run: FinishedRun, best: Network, is_readable: np.ndarray, known: 
     return {"saved_model": difference, **_convert(run, reference, run.converted_formats)}
 
 
+@full_float32()
 def export_missing(run: FinishedRun, metrics: dict) -> dict:
     """Exports the formats that a finished run lacks; returns its metrics with their differences added."""
     formats = [name for name in run.converted_formats if not files.exists(converters.path(run.paths.exports, name))]

@@ -28,7 +28,7 @@ from trainer.models.networks import Network
 from trainer.models.novelty import Novelty
 from trainer.storage import files
 
-# Between two float32 models: TF32 convolutions differ by less.
+# Between two models in float32; on a GPU, exporter.full_float32 makes it so.
 MAX_PROBABILITY_DIFFERENCE = 1e-3
 
 
