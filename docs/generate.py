@@ -48,8 +48,8 @@ PROJECT = {
         "tutorial, arquitectura, formatos de imagen, buckets, elección de los valores, medidas, capturas y scripts",
     ),
     "scripts/": (
-        "fresh_check, which runs `make demo` and `make test` in a fresh clone",
-        "fresh_check, que ejecuta `make demo` y `make test` en una copia recién clonada",
+        "fresh_check: `make demo` and `make test` in a fresh clone; gpu_check: one page on a GPU; audit: vulnerabilities",
+        "fresh_check: `make demo` y `make test` en una copia nueva; gpu_check: una página sobre la GPU; audit: fallos",
     ),
     "tests/": (
         "one test file per module, in the same folders as trainer/; whole jobs in end_to_end/, helpers in support/",

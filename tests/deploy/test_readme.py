@@ -25,6 +25,17 @@ def test_the_slurm_table_lists_every_file():
     assert table("Slurm") - {"scancel"} == {path.name for path in (ROOT / "deploy" / "slurm").iterdir()}
 
 
+def test_the_page_says_for_each_specification_what_has_run_it():
+    section = README.split("## Checks")[1].split("In detail:")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    listed = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    folder = ROOT / "deploy"
+    expected = [f"vertex/{path.name}" for path in (folder / "vertex").glob("*.yaml")]
+    expected += [f"overlays/{path.name}" for path in (folder / "kubernetes" / "overlays").iterdir()] + ["katib"]
+    expected += [f"slurm/{path.name}" for path in (folder / "slurm").iterdir()]
+    assert sorted(listed) == sorted(expected)
+
+
 def test_every_file_that_the_page_names_exists():
     named = set(re.findall(r"(?:deploy|tests)/[\w./-]*\w", README)) | {"cloudbuild.yaml"}
     assert len(named) >= 6
