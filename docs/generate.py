@@ -94,7 +94,7 @@ SPANISH_TRAINER = {
     "recipes.py": "--recipe: cuántas épocas se ajusta la red entera, y la receta del artículo",
     "cli.py": "lo común a todas las órdenes: opciones, registro, códigos de salida",
     "errors.py": "los errores que el usuario puede corregir, y los demás",
-    "formatting.py": "números y duraciones como texto",
+    "formatting.py": "números, duraciones y textos, en inglés o en español",
     "storage/": "archivos locales y en buckets: escritura atómica, reintentos, bloqueo de job_dir",
     "runtime/": "dónde corre el trabajo: máquinas, dispositivos, diagnóstico de la GPU, señales",
     "data/": "de una carpeta de imágenes a lotes: listado, comprobación, partición, decodificación",
@@ -131,6 +131,7 @@ SPANISH_FLAGS = {
     "early_stopping_patience": "Termina una etapa tras este número de épocas sin mejorar --monitor; 0: nunca.",
     "precision": "auto: la precisión que el dispositivo calcula rápido; float32, mixed_float16, mixed_bfloat16.",
     "require_gpu": "Termina con el código 2 y un diagnóstico si TensorFlow no ve ninguna GPU.",
+    "language": "Idioma del informe: en (inglés) o es (español).",
     "export_formats": "Separados por comas: saved_model, que siempre se escribe; tflite y onnx, que van a exports/ en job_dir.",
 }
 

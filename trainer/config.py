@@ -14,6 +14,7 @@ from absl import flags
 
 from trainer.errors import UserError
 from trainer.flag_info import FlagInfo, flag
+from trainer.formatting import LANGUAGES
 
 AUGMENT_SWITCH = {"true": "basic", "false": "none"}  # the values of --augment in earlier versions
 REMOTE_READ_PARALLELISM = 48  # concurrent requests: at 50 ms each, a thousand objects per second
@@ -307,6 +308,9 @@ class Config:
         "Comma-separated: saved_model, which is always written, tflite and onnx, which go to exports/ in job_dir.",
         resumable=True,
         in_readme=True,
+    )
+    language: str = flag(
+        "en", "Language of the report: English or Spanish.", choices=LANGUAGES, resumable=True, in_readme=True
     )
     profile_steps: str = flag(
         "",

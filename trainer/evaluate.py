@@ -18,6 +18,7 @@ from trainer import cli
 from trainer.data import label_file, tfds
 from trainer.data.dataset import read_folder
 from trainer.errors import UserError
+from trainer.formatting import LANGUAGES
 
 
 def define_flags() -> None:
@@ -42,6 +43,7 @@ def define_flags() -> None:
         upper_bound=1,
     )
     flags.DEFINE_integer("batch_size", 32, "Images per call of the network.", lower_bound=1)
+    flags.DEFINE_enum("language", "en", LANGUAGES, "Language of the report.")
 
 
 def main(arguments: list[str]) -> None:
@@ -70,6 +72,7 @@ def main(arguments: list[str]) -> None:
             batch_size=flags.FLAGS.batch_size,
             max_bad_fraction=max_bad_fraction,
             min_precision=flags.FLAGS.min_precision,
+            language=flags.FLAGS.language,
         )
         evaluation.evaluate_and_report(model_dirs, labeled, flags.FLAGS.report_dir)
 

@@ -1,15 +1,89 @@
-"""Formats numbers and names for people."""
+"""Formats numbers, names and texts for people, in English or in another language.
+
+The texts in the code are English; spanish.toml has their translations.
+"""
+
+import contextlib
+import contextvars
+import functools
+import pathlib
+import tomllib
+from collections.abc import Iterator
+
+LANGUAGES = ("en", "es")
+_language = contextvars.ContextVar("language", default="en")
+
+
+@contextlib.contextmanager
+def in_language(name: str) -> Iterator[None]:
+    """Sets the language of the functions of this module, one of LANGUAGES, for the block. Outside of blocks it is English."""
+    token = _language.set(name)
+    try:
+        yield
+    finally:
+        _language.reset(token)
+
+
+def language() -> str:
+    """The language of the current block."""
+    return _language.get()
+
+
+def translation(text: str) -> str:
+    """The text in the language of the block. A text without a translation stays English."""
+    return spanish_texts().get(text, text) if language() == "es" else text
+
+
+@functools.cache
+def spanish_texts() -> dict[str, str]:
+    """The Spanish text of each English one."""
+    return tomllib.loads(pathlib.Path(__file__).with_name("spanish.toml").read_text("utf-8"))
+
+
+def translate(text: str, **values: object) -> str:
+    """The text in the language of the block, with its fields `%(name)s` filled in."""
+    return translation(text) % values
+
+
+def localized(digits: str) -> str:
+    """A number in English notation, as in 1,234.5, in the notation of the language.
+
+    Spanish has a decimal comma, and groups the digits of numbers of five or more before the comma by a no-break space
+    (Real Academia Española, Ortografía, "números").
+    """
+    if language() == "en":
+        return digits
+    whole, point, decimals = digits.partition(".")
+    whole = whole.replace(",", "\u00a0" if len(whole.lstrip("-\u2212")) > 5 else "")
+    return whole + point.replace(".", ",") + decimals
+
+
+def number(value: int) -> str:
+    """A count, as in `12,345`."""
+    return localized(f"{value:,}")
+
+
+def decimal(value: float, digits: int) -> str:
+    """A number with `digits` decimals, as in `1,234.5`."""
+    return localized(f"{value:,.{digits}f}")
+
+
+def general(value: float, digits: int) -> str:
+    """A number with `digits` significant digits, as in `0.0012` or `1e-05`."""
+    return localized(f"{value:.{digits}g}")
 
 
 def percent(fraction: float | None, digits: int = 0) -> str:
     """A fraction as `12 %`, with a no-break space and a minus sign; an en dash for None."""
-    return "\u2013" if fraction is None else f"{100 * fraction:.{digits}f}\u00a0%".replace("-", "\u2212")
+    if fraction is None:
+        return "\u2013"
+    return f"{localized(f'{100 * fraction:.{digits}f}')}\u00a0%".replace("-", "\u2212")
 
 
 def duration(seconds: float) -> str:
     """`0.4 s`, `42 s`, `3 min 05 s` or `2 h 07 min`."""
     if seconds < 9.95:
-        return f"{seconds:.1f} s"
+        return f"{decimal(seconds, 1)} s"
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

@@ -226,7 +226,7 @@ def _write(
         with plots.style():
             figure = plots.size_histogram(np.array([file.small_side for file in result.good]))
             files.atomic_write(files.join(output_dir, "sizes.png"), plots.png(figure))
-            histogram = markupsafe.Markup(plots.svg(figure, "sizes"))
+            histogram = markupsafe.Markup(plots.svg_element(plots.svg(figure, "sizes")))
 
     def with_thumbnails(groups: list[list[InspectedFile]]) -> list[list[dict]]:
         return thumbnails.of_groups(data_dir, groups, num_groups=MAX_GROUPS, num_files=MAX_GROUP_FILES)

@@ -8,6 +8,7 @@ from absl import flags, logging
 from trainer import cli
 from trainer.artifacts.job_dir import PAGE_NAME, JobDir
 from trainer.errors import UserError
+from trainer.formatting import LANGUAGES
 from trainer.reporting import report
 from trainer.storage import files
 
@@ -16,6 +17,7 @@ def define_flags() -> None:
     """Defines the flags of `python -m trainer.report`."""
     flags.DEFINE_string("job_dir", "", "The folder of a run of trainer.task, or the --report_dir of trainer.evaluate.")
     flags.DEFINE_string("report_dir", "", "Folder for the report. Default: report in --job_dir.")
+    flags.DEFINE_enum("language", None, LANGUAGES, "Language of the report. Default: that of the run.")
 
 
 def main(arguments: list[str]) -> None:
@@ -26,7 +28,7 @@ def main(arguments: list[str]) -> None:
     cli.import_tensorflow()
     job_dir = flags.FLAGS.job_dir
     report_dir = flags.FLAGS.report_dir or JobDir(job_dir).report
-    report.write(job_dir, report_dir=report_dir)
+    report.write(job_dir, report_dir=report_dir, language=flags.FLAGS.language or "")
     logging.info("The report is in %s", files.join(report_dir, PAGE_NAME))
 
 

@@ -12,7 +12,7 @@ probability and probabilities, or with error, the reason why that image has no p
 It also takes one image file, or a form with image files; each may be compressed with gzip. So does the path of
 TensorFlow Serving, /v1/models/NAME:predict. {"instances": [...], "parameters": {"explain": true}}, or ?explain=true, adds
 heatmap: rows of 0 to 1, high where the image supports the label.
-GET /health returns 200 and the class names when the model is loaded, 503 before. GET /metrics is for Prometheus.
+GET /health returns 200, the class names and, beside the files of its run, the accuracy when the model is loaded, 503 before. GET /metrics is for Prometheus.
 
 A Host that is a public domain, or an Origin other than this server, is refused unless a flag allows it: otherwise each
 web page that you open could use the server. In a Vertex AI prediction container every Host is allowed, and the server
@@ -27,6 +27,7 @@ from absl import flags, logging
 
 from trainer import cli
 from trainer.errors import UserError
+from trainer.formatting import LANGUAGES
 from trainer.serving import classifier
 from trainer.serving.classifier import Classifier
 from trainer.storage import files
@@ -62,6 +63,7 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "allowed_origins", [], "Origins, as https://example.com, whose web pages may use the server, or * for all."
     )
+    flags.DEFINE_enum("language", "en", LANGUAGES, "Language of the page.")
 
 
 def with_environment(values: dict, given: set[str], environment: Mapping[str, str]) -> dict:
@@ -96,6 +98,7 @@ def main(arguments: list[str]) -> int:
         "decoders",
         "allowed_hosts",
         "allowed_origins",
+        "language",
     ]
     given = {name for name in names if flags.FLAGS[name].present}
     values = with_environment(cli.flag_values(names), given, os.environ)
@@ -131,6 +134,7 @@ def main(arguments: list[str]) -> int:
             health_route=values["health_route"],
             allowed_hosts=tuple(values["allowed_hosts"]),
             allowed_origins=tuple(values["allowed_origins"]),
+            language=values["language"],
         ),
     )
     logging.info("Stopped.")

@@ -27,8 +27,8 @@ from tests.support.paths import ROOT
 from tests.support.processes import run_command
 from tests.support.server import Server
 from tests.support.tiny_model import CLASS_NAMES, make_image
-from trainer import serve
-from trainer.reporting import thumbnails
+from trainer import formatting, serve
+from trainer.reporting import html, thumbnails
 
 sync_api.expect.set_options(timeout=60_000)  # milliseconds; a slow machine is not an error of the page
 
@@ -49,6 +49,7 @@ def test_the_page_shows_the_label_or_the_error_of_each_image(chromium, server, t
     with browser.opened(chromium, f"http://127.0.0.1:{server.port}/", width=width, color_scheme=color_scheme) as page:
         page.on("filechooser", lambda chooser: None)  # Chromium then passes the choosers on instead of opening them
         sync_api.expect(page.locator("#state")).to_have_text("Ready: 3 classes.")
+        assert page.locator("#model li").all_inner_texts() == list(CLASS_NAMES)
         page.keyboard.press("Tab")
         sync_api.expect(page.locator("#files")).to_be_focused()
         with page.expect_file_chooser() as chooser:
@@ -88,12 +89,39 @@ def test_the_page_and_the_report_place_a_heat_map_on_the_same_region(chromium, s
         drop_file(page, "wide.png", file.getvalue())
         sync_api.expect(page.locator("canvas")).to_have_count(1)
         shot = Image.open(io.BytesIO(page.locator(".frame").screenshot())).convert("RGB")
-    red, green, _ = np.moveaxis(np.asarray(shot, float), -1, 0)
-    shown = red - green  # only the heat map is red; the image is blue, the page around it gray
+    red, _, blue = np.moveaxis(np.asarray(shot, float), -1, 0)
+    shown = red - blue  # only the heat map is red and yellow; the image is blue, the page around it gray
     over_image = thumbnails.over_image(Image.fromarray((255 * heat).astype(np.uint8)), (200, 80), resize)
     expected = np.asarray(over_image.resize(shot.size), float)
-    assert shown.max() > 100
+    assert shown.max() > 90
     assert center_of(shown) == pytest.approx(center_of(expected), abs=4)
+
+
+@pytest.mark.slow
+def test_the_page_has_the_accuracy_and_marks_an_unsure_answer_in_the_language_of_the_server(chromium, server):
+    accuracy = {"kind": "test", "accuracy": 0.965, "low": 0.94, "high": 0.98, "correct": 1930, "images": 2000}
+    names = [f"class {number}" for number in range(40)]
+    health = {"status": "ready", "class_names": names, "explains": False, "resize": "pad", "accuracy": accuracy}
+    prediction = {"label": names[1], "probability": 0.55, "probabilities": [0.44, 0.55, 0.01, *[0.0] * 37]}
+    settings = {"predict": "/predict", "health": "/health", "max_request_bytes": 10**6}
+    with formatting.in_language("es"):
+        text = html.render("serve.html", settings=settings)
+    with browser.opened(chromium, f"http://127.0.0.1:{server.port}/", width=390) as page:
+        page.route("**/", lambda route: route.fulfill(body=text, content_type="text/html; charset=utf-8"))
+        page.route("**/health", lambda route: route.fulfill(json=health))
+        page.route("**/predict", lambda route: route.fulfill(json={"predictions": [prediction]}))
+        page.reload()
+        sync_api.expect(page.locator("#state")).to_have_text("Listo: 40 clases.")
+        assert page.locator("#model summary").inner_text() == "y 10 clases más"
+        expected = (
+            "Clasificó bien el 96,5 % de las imágenes de prueba (1930 de 2000; intervalo del 95 %: 94,0 % a 98,0 %)."
+        )
+        assert page.locator("#model p").first.inner_text() == expected
+        drop_file(page, "one.png", make_image(0, kind="PNG"))
+        sync_api.expect(page.locator(".unsure")).to_have_text("Dudoso: también puede ser class 0 (44,0 %).")
+        browser.assert_nothing_overflows(page)
+        for selector in (".unsure", "#model li", "#model p"):
+            assert browser.contrast(page, selector) > 4.5, selector
 
 
 def center_of(values: np.ndarray) -> tuple[float, float]:
@@ -152,7 +180,13 @@ def test_concurrent_requests_are_answered_in_bounded_memory(server):
         peak = max(clients.map(send, range(200)))
     assert peak - before < 100 * 2**20
     health = server.request("GET", "/health")
-    assert health.value == {"status": "ready", "class_names": list(CLASS_NAMES), "explains": True, "resize": "stretch"}
+    assert health.value == {
+        "status": "ready",
+        "class_names": list(CLASS_NAMES),
+        "explains": True,
+        "resize": "stretch",
+        "accuracy": None,
+    }
 
 
 @pytest.mark.slow

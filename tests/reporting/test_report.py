@@ -1,18 +1,20 @@
 """The report shows the files in job_dir at any point of a run, whatever the names of the classes."""
 
 import base64
+import hashlib
 import html.parser
 import io
 import json
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.written_job import CLASSES, HISTORY, MATH, SCRIPT, make_job_dir, write_csv
-from trainer.artifacts.job_dir import LABEL_ISSUE_COLUMNS, PREDICTION_COLUMNS, JobDir
+from tests.support.written_job import CLASSES, HISTORY, MATH, SCRIPT, make_job_dir, write_csv, write_many_classes
+from trainer.artifacts.job_dir import LABEL_ISSUE_COLUMNS, JobDir
 from trainer.artifacts.metrics import expected_calibration_error, metrics_of_test_set, wilson_interval
 from trainer.reporting import live, report
 
@@ -34,7 +36,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, job_dir, name="report/index.html"):
         super().__init__()
-        self.open_tags, self.tags, self.texts = [], [], []
+        self.open_tags, self.tags, self.texts, self.prose = [], [], [], ""  # prose: the texts outside of code
         self.feed((job_dir / name).read_text("utf-8"))
         self.close()
         assert not self.open_tags
@@ -52,8 +54,9 @@ class Page(html.parser.HTMLParser):
         assert self.open_tags.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open_tags:
+        if not {"style", "script"} & {*self.open_tags}:
             self.texts.append(data)
+            self.prose += "" if "code" in self.open_tags else data
 
     def images(self):
         return [attributes for tag, attributes in self.tags if tag == "img"]
@@ -73,9 +76,13 @@ def test_every_figure_is_drawn(finished):
         assert_is_drawn(finished / "report" / name)
 
 
-def test_the_page_needs_no_network_and_no_script(finished):
+def test_the_page_needs_no_network_and_allows_its_own_script_alone(finished):
     page = Page(finished)
-    assert "script" not in [tag for tag, _ in page.tags]
+    (script,) = re.findall(r"<script>(.*?)</script>", (finished / "report/index.html").read_text("utf-8"), re.DOTALL)
+    (policy,) = (tag["content"] for _, tag in page.tags if tag.get("http-equiv") == "Content-Security-Policy")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.split("script-src ")[1] == f"'sha256-{digest}'"
+    assert "default-src 'none'" in policy
     for tag, attributes in page.tags:
         for name, value in attributes.items():
             assert "://" not in (value or ""), (tag, name)
@@ -109,7 +116,7 @@ def test_metrics_in_the_page_equal_the_files(finished):
     assert "Bad files 1" in text
     assert "Total time 1 min 23 s" in text
     assert "Cost at 3.5 per hour 0.08" in text
-    assert "Images per second 5.4" in text
+    assert "the whole network was trained on 4.2 images per second" in text
     assert "best epoch 3: 87.50 %" in text  # in the curves
     assert "0.9137" in text  # in the table of epochs
     assert f"{SCRIPT} predicted as {MATH} , 93 %" in text
@@ -190,7 +197,7 @@ def test_a_fitted_head_is_one_epoch_that_nothing_was_chosen_for(tmp_path):
     config["flags"]["epochs"] = 3
     (job_dir / "config.json").write_text(json.dumps(config))
     report.write(str(job_dir), only_page=True)
-    assert "a head fitted by logistic regression, then 3 epochs of all layers" in Page(job_dir).text
+    assert "a head fitted by logistic regression, then 3 epochs of the whole network" in Page(job_dir).text
     assert "1 of 4 epochs done" in Page(job_dir).text
 
 
@@ -280,18 +287,6 @@ def test_an_evaluation_has_a_report_without_curves(tmp_path):
     assert "--model_dir='/models/a b' IMAGE" in text
 
 
-def test_many_classes_are_a_color_map_and_the_most_confused_pairs(tmp_path):
-    job_dir = make_job_dir(tmp_path, history=(), mistakes=False)
-    names = [f"class {index}" for index in range(400)]
-    (job_dir / "labels.txt").write_text("\n".join(names), "utf-8")
-    rows = [(f"{name}/1.png", name, name, 0.9, 0.9) for name in names]
-    rows += [(f"lost/{number}.png", "class 7", "class 9", 0.6, 0.1) for number in range(3)]
-    write_csv(job_dir / "predictions.csv", PREDICTION_COLUMNS, rows)
-    report.write(str(job_dir), only_page=True)
-    assert "class 7 class 9 3 of 4 75.0 %" in Page(job_dir).text
-    assert_is_drawn(job_dir / "report/confusion_matrix.png")
-
-
 @pytest.mark.slow
 def test_the_time_of_each_stage_is_shown_by_activity(tmp_path):
     job_dir = make_job_dir(tmp_path, timed=True)
@@ -299,7 +294,7 @@ def test_the_time_of_each_stage_is_shown_by_activity(tmp_path):
     text = Page(job_dir).text
     assert "Head only, 2 epochs: 6.0 s" in text
     assert "input wait: 1.0 s, 17 % compute: 3.0 s, 50 % validation: 1.0 s, 17 % saving: 1.0 s, 17 %" in text
-    assert "All layers, 1 epoch: 40 s" in text
+    assert "Whole network, 1 epoch: 40 s" in text
     assert "80 % of the images per second that the devices reach" in text
 
 
@@ -347,6 +342,38 @@ def test_look_alikes_are_shown_side_by_side_with_the_accuracy_without_them(tmp_p
     assert "None of 8 validation images look like a training image" in Page(job_dir).text
 
 
+def test_a_report_of_1000_classes_has_an_image_and_the_worst_classes(tmp_path):
+    job_dir = make_job_dir(tmp_path)
+    write_many_classes(job_dir, 1000)
+    report.write(str(job_dir), only_page=True)
+    page = Page(job_dir)
+    assert "class 0003 class 0004 2 of 2 100.0 %" in page.text
+    assert "image" in [tag for tag, _ in page.tags]  # in the figure of the matrix
+    assert "1,000 classes; each cell is the largest share in a block of 4 by 4" in page.text
+    assert "The first 100 of 1,000 classes; metrics.json lists all." in page.text
+    classes = page.texts[page.texts.index("Classes", page.texts.index("Most confused classes")) :]
+    assert "class 0003" in classes  # whose images are predicted as class 4
+    assert "class 0999" not in classes
+    assert (job_dir / "report" / "index.html").stat().st_size < 500_000
+
+
+def test_the_report_is_in_the_language_of_the_run_or_of_the_command(finished, tmp_path):
+    config = json.loads((finished / "config.json").read_text())
+    spanish_job = shutil.copytree(finished, tmp_path / "job")
+    (spanish_job / "config.json").write_text(json.dumps({**config, "flags": {**config["flags"], "language": "es"}}))
+    report.write(str(spanish_job), only_page=True)
+    page = Page(spanish_job)
+    assert ("html", {"lang": "es"}) in page.tags
+    assert "75,00 % 6 de 8 imágenes de validación se clasifican bien" in page.text
+    assert "mejor época 3: 87,50 %" in page.text  # in the curves
+    assert "predicha como" in page.text
+    words = {"the", "of", "is", "and", "images", "epoch", "accuracy", "loss", "class", "file", "best", "from"}
+    prose = page.prose.partition("Las opciones que difieren")[0]  # their values are English
+    assert not words & set(re.findall(r"\w+", prose))
+    report.write(str(spanish_job), report_dir=str(tmp_path / "english"), only_page=True, language="en")
+    assert ("html", {"lang": "en"}) in Page(tmp_path, "english/index.html").tags
+
+
 def test_the_page_is_the_same_without_the_other_figures(finished, tmp_path):
     report.write(str(finished), report_dir=str(tmp_path), only_page=True)
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
@@ -360,8 +387,14 @@ def test_a_run_that_augments_shows_augmented_images(tmp_path):
     config["flags"] |= {"augment": True, "epochs": 2, "seed": 0, "image_size": 32}
     (job_dir / "config.json").write_text(json.dumps(config))
     report.write(str(job_dir))
-    assert_is_drawn(job_dir / "report" / "augmentation.png")
-    assert 'id="augmentation"' in (job_dir / "report" / "index.html").read_text("utf-8")
+    figure = (job_dir / "report" / "augmentation.svg").read_text("utf-8")
+    assert figure.count("data:image/png") == 16
+    page = (job_dir / "report" / "index.html").read_text("utf-8")
+    section = page[page.index('id="augmentation"') :]
+    assert section.count("data:image/png") == 16
+    assert "#ffffff" not in section  # the panel has the color of the page, also in dark mode
+    report.write(str(job_dir), only_page=True)  # takes the figure from the file
+    assert (job_dir / "report" / "index.html").read_text("utf-8") == page
 
 
 @pytest.mark.parametrize("changed", [{"augment": False, "epochs": 2}, {"augment": True, "epochs": 0}])
@@ -371,7 +404,7 @@ def test_a_run_that_does_not_augment_shows_none(tmp_path, changed):
     config["flags"] |= changed
     (job_dir / "config.json").write_text(json.dumps(config))
     report.write(str(job_dir), only_page=True)
-    assert not (job_dir / "report" / "augmentation.png").exists()
+    assert not (job_dir / "report" / "augmentation.svg").exists()
     assert 'id="augmentation"' not in (job_dir / "report" / "index.html").read_text("utf-8")
 
 

@@ -97,6 +97,7 @@ def test_errors_are_json_with_retry_after_where_a_retry_may_help(decoders):
             "class_names": ["cat", "dog"],
             "explains": False,
             "resize": "stretch",
+            "accuracy": None,
         }
         running = [asyncio.create_task(send(application, "POST", "/predict", body)) for _ in range(2)]
         await asyncio.to_thread(slow.is_called.wait, 60)
@@ -125,6 +126,13 @@ def test_errors_are_json_with_retry_after_where_a_retry_may_help(decoders):
         assert (shed.status, shed.headers["retry-after"]) == (503, "1")
 
     asyncio.run(run())
+
+
+def test_the_page_is_in_the_language_of_the_server():
+    for language, title in (("en", "Image classifier"), ("es", "Clasificador de imágenes")):
+        page = asyncio.run(send(make_app(Access(language=language)).starlette(), "GET", "/"))
+        assert f'<html lang="{language}">' in page.body.decode()
+        assert f"<h1>{title}</h1>" in page.body.decode()
 
 
 def test_allowed_origins_get_cors_headers_and_others_none():

@@ -1,12 +1,14 @@
 """Classification of encoded images: errors per image, heat maps, models that cannot be loaded."""
 
 import json
+import shutil
 
 import pytest
 import tensorflow as tf
 
 from tests.support import corpus
 from tests.support.tiny_model import NETWORK_INPUT, make_image
+from tests.support.written_job import make_job_dir
 from trainer.artifacts.job_dir import JobDir
 from trainer.data import formats
 from trainer.data.preprocessing import decode_image
@@ -30,6 +32,20 @@ def test_each_bad_image_gets_a_one_line_error_and_fails_no_other(classifier):
     for prediction, (_, reason) in zip(predictions[1:-1], broken.values(), strict=True):
         assert prediction.error.startswith(reason)
         assert "\n" not in prediction.error
+
+
+def test_a_model_beside_its_run_has_the_accuracy_that_leads_the_report(tiny_model_dir, tmp_path):
+    job_dir = make_job_dir(tmp_path)
+    shutil.copytree(tiny_model_dir, job_dir / "saved_model")
+    shutil.copytree(tiny_model_dir, tmp_path / "elsewhere")
+    accuracy = load(str(job_dir / "saved_model")).accuracy
+    assert (accuracy["kind"], accuracy["accuracy"], accuracy["correct"], accuracy["images"]) == (
+        "validation",
+        0.75,
+        6,
+        8,
+    )
+    assert load(str(tmp_path / "elsewhere")).accuracy is None
 
 
 def test_tensorflow_messages_are_reduced_to_the_reason():

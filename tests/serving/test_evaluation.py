@@ -24,15 +24,17 @@ def labeled(tmp_path_factory):
     return LabeledFolder(data_dir=str(root), folder=folder, batch_size=4, max_bad_fraction=0)
 
 
-def test_the_refused_images_are_counted(labeled, tiny_model_dir, tmp_path):
-    evaluation.evaluate_and_report([str(tiny_model_dir)], labeled, str(tmp_path))
+def test_the_refused_images_are_counted_in_the_language_of_the_report(labeled, tiny_model_dir, tmp_path):
+    evaluation.evaluate_and_report([str(tiny_model_dir)], dataclasses.replace(labeled, language="es"), str(tmp_path))
     novelty = json.loads((tmp_path / "metrics.json").read_text())["novelty"]
     assert novelty == {
         "refused": 1,
         "share_refused": pytest.approx(1 / 12),
         "accuracy_of_others": pytest.approx(10 / 11),
     }
-    assert "<b>1</b> (8.3 %)" in (tmp_path / "index.html").read_text().replace("\u00a0", " ").replace("&nbsp;", " ")
+    assert "De estas imágenes, <b>1</b> (8,3 %) son nuevas" in (tmp_path / "index.html").read_text().replace(
+        "\u00a0", " "
+    ).replace("&nbsp;", " ")
 
 
 def test_the_threshold_leaves_as_many_answers_as_have_the_precision(labeled, tiny_model_dir, tmp_path, caplog):

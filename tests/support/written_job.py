@@ -94,6 +94,17 @@ def make_job_dir(
     return job_dir
 
 
+def write_many_classes(job_dir: pathlib.Path, number: int) -> None:
+    """Gives the run `number` classes of two validation images, without the images; class 3 is predicted as class 4."""
+    names = [f"class {index:04d}" for index in range(number)]
+    paths = [(f"{name}/{image}.jpg", name) for name in names for image in range(2)]
+    predicted = {names[3]: names[4]}
+    write_csv(job_dir / "split.csv", SPLIT_COLUMNS, [(path, name, "validation", path) for path, name in paths])
+    rows = [(path, name, predicted.get(name, name), 0.9, 0.9) for path, name in paths]
+    write_csv(job_dir / "predictions.csv", PREDICTION_COLUMNS, rows)
+    (job_dir / "labels.txt").write_text("".join(f"{name}\n" for name in names))
+
+
 def _write_images(data_dir: pathlib.Path, *, mistakes: bool) -> tuple[list[tuple], list[tuple]]:
     """Writes six images per class, one of them unreadable; returns the rows of split.csv and predictions.csv."""
     split, predictions = [], []

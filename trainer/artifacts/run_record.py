@@ -32,6 +32,7 @@ from trainer.artifacts.metrics import (
 from trainer.data import sampler
 from trainer.data.splits import SPLIT_COLUMNS
 from trainer.errors import UserError
+from trainer.formatting import general, translate
 from trainer.storage import files
 
 _MAX_MISTAKES = 24
@@ -60,6 +61,11 @@ class RunRecord:
     def flags(self) -> dict[str, Any]:
         """Every flag of the run."""
         return self.config["flags"]
+
+    @functools.cached_property
+    def language(self) -> str:
+        """The language of the report, one of formatting.LANGUAGES."""
+        return earlier_runs.recorded(self.flags, "language")
 
     @functools.cached_property
     def resize(self) -> str:
@@ -127,21 +133,22 @@ class RunRecord:
         """Whether augmentation flips images; as far as it is known, before fine-tuning has started."""
         return self.config["resolved"].get("flips", self.flags.get("flip") != "off")
 
-    @functools.cached_property
+    @property
     def training_stages(self) -> list[str]:
-        """What was trained, one phrase for each stage."""
+        """What was trained, one phrase for each stage, in the language of formatting.in_language."""
         flags, stages = self.flags, []
         if flags["head_epochs"] == -1 and self.head_epochs == 1:
-            stages.append("a head fitted by logistic regression")
+            stages.append(translate("a head fitted by logistic regression"))
         elif self.head_epochs:
-            stages.append(
-                f"{_epochs(self.head_epochs)} of the head only at learning rate {flags['head_learning_rate']:g}"
-            )
+            text = translate("%(epochs)s of the head only at learning rate %(rate)s",
+                             epochs=_epochs(self.head_epochs), rate=general(flags["head_learning_rate"], 6))  # fmt: skip
+            stages.append(text)
         if flags["epochs"]:
-            augmentation = "" if self.augment == "none" else f", with {self.augment} augmentation"
-            stages.append(
-                f"{_epochs(flags['epochs'])} of all layers at learning rate {flags['learning_rate']:g}{augmentation}"
-            )
+            text = translate("%(epochs)s of the whole network at learning rate %(rate)s",
+                             epochs=_epochs(flags["epochs"]), rate=general(flags["learning_rate"], 6))  # fmt: skip
+            if self.augment != "none":
+                text += translate(", with %(strength)s augmentation", strength=self.augment)
+            stages.append(text)
         return stages
 
     @functools.cached_property
@@ -217,7 +224,7 @@ class RunRecord:
             found.append(values | (estimate(self.classification) if self.classification else {}))
         return found
 
-    @functools.cached_property
+    @property
     def imbalance(self) -> str:
         """What sampler.describe_imbalance says of the images per class; "" if no class is rare, or none is known."""
         counts: dict[str, int] = self.training_counts
@@ -287,7 +294,7 @@ class RunRecord:
 
 
 def _epochs(count: int) -> str:
-    return f"{count} epoch{'' if count == 1 else 's'}"
+    return translate("1 epoch") if count == 1 else translate("%(count)s epochs", count=count)
 
 
 def read(job_dir: str) -> RunRecord:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from trainer import formatting
+from trainer.formatting import general, number, shorten, translate
 
 MAX_IMBALANCE = 10  # of the largest class to the smallest: beyond it, accuracy hardly depends on the smallest
 
@@ -82,21 +82,31 @@ def class_weights(labels: np.ndarray, num_classes: int, class_weight: str) -> np
 def describe_imbalance(counts: Mapping[str, int], class_weight: str) -> str:
     """What the log and the report say of the images per class, in two sentences; "" if no class is rare.
 
-    `class_weight` is the value of --class_weight.
+    `class_weight` is the value of --class_weight. The text has the language of formatting.in_language.
     """
     smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     ratio = counts[largest] / max(counts[smallest], 1)
     if ratio <= MAX_IMBALANCE:
         return ""
-    rare, common = (f"“{formatting.shorten(name, 40)}”" for name in (smallest, largest))
+    rare, common = (f"“{shorten(name, 40)}”" for name in (smallest, largest))
     if class_weight == "balanced":
-        effect = "--class_weight=balanced counts each class equally in the loss."
+        effect = translate("--class_weight=balanced counts each class equally in the loss.")
     else:
-        effect = (
-            f"--class_weight=balanced would count an image of {rare} {ratio:.3g} times as much as one of {common}: usually "
-            "more images of rare classes are found, and more other images are taken for them."
+        effect = translate(
+            "--class_weight=balanced would count an image of %(rare)s %(ratio)s times as much as one of %(common)s: usually "
+            "more images of rare classes are found, and more other images are taken for them.",
+            rare=rare,
+            ratio=general(ratio, 3),
+            common=common,
         )
-    return f"The class {rare} has {counts[smallest]:,} images, {common} has {counts[largest]:,}. {effect}"
+    counted = translate(
+        "The class %(rare)s has %(few)s images, %(common)s has %(many)s.",
+        rare=rare,
+        few=number(counts[smallest]),
+        common=common,
+        many=number(counts[largest]),
+    )
+    return f"{counted} {effect}"
 
 
 def log_imbalance(labels: np.ndarray, class_names: Sequence[str], class_weight: str) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+from trainer import formatting
 from trainer.artifacts import run_record
 from trainer.artifacts.job_dir import PAGE_NAME, JobDir
 from trainer.artifacts.metrics import holm_correction, mcnemar_test, wilson_interval
@@ -31,14 +32,15 @@ def write(report_dir: str, folders: list[str]) -> dict[str, Any]:
     result = {"images": len(paths), "models": models, "pairs": _pairs(correct)}
     files.write_json(JobDir(report_dir).comparison, result)
     differing = [path for path, values in zip(paths, zip(*correct, strict=True), strict=True) if len(set(values)) > 1]
-    shown = thumbnails.with_images(runs[0], [predictions[0][path] for path in differing[:_MAX_SHOWN]])
-    page = html.render(
-        "comparison.html",
-        data_dir=runs[0].flags["data_dir"],
-        **result,
-        num_differing=len(differing),
-        shown=[(row, [by_path[row["path"]] for by_path in predictions]) for row in shown],
-    )
+    with formatting.in_language(runs[0].language):
+        shown = thumbnails.with_images(runs[0], [predictions[0][path] for path in differing[:_MAX_SHOWN]])
+        page = html.render(
+            "comparison.html",
+            data_dir=runs[0].flags["data_dir"],
+            **result,
+            num_differing=len(differing),
+            shown=[(row, [by_path[row["path"]] for by_path in predictions]) for row in shown],
+        )
     files.atomic_write(files.join(report_dir, PAGE_NAME), page)
     return result
 

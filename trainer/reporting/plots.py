@@ -1,5 +1,6 @@
 """The figures of reports, drawn with matplotlib: PNG for files, SVG for pages in light and dark.
 
+Texts and numbers are in the language of formatting.in_language.
 Shapes: C classes, S pixels to a side.
 """
 
@@ -21,7 +22,7 @@ from trainer.artifacts.metrics import (
     reliability_bins,
     wilson_interval,
 )
-from trainer.formatting import percent, shorten
+from trainer.formatting import decimal, general, localized, number, percent, shorten, translate
 
 MAX_ANNOTATED_CLASSES = 30  # with more classes, a cell is too small for its numbers
 _IMAGE_SIZE = 240  # pixels to a side of an image in the figure of mistakes
@@ -43,7 +44,6 @@ _CSS_VARIABLES = {
     TRAINING: "--training",
     VALIDATION: "--validation",
 }
-_STAGES = {"head": "head only", "all": "all layers"}
 _TITLE = {"x": 0.01, "ha": "left", "fontsize": 10.5, "fontweight": "bold"}
 _CAPTION = {"fontsize": 7.5, "fontweight": "normal", "loc": "center", "y": 0, "va": "top", "pad": -4}
 
@@ -116,12 +116,16 @@ def curves(history: list[dict[str, Any]], best: dict[str, Any], columns: list[st
             epochs,
             [row[column] for row in history],
             color=VALIDATION if is_validation else TRAINING,
-            label="_nolegend_" if len(columns) == 1 else "validation" if is_validation else "training",
+            label="_nolegend_"
+            if len(columns) == 1
+            else translate("validation")
+            if is_validation
+            else translate("training"),
             marker="o" if len(epochs) <= 40 else "",
             markersize=3,
         )
     axes.set_title(title, pad=20)
-    axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+    axes.set(xlabel=translate("epoch"), xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
     if columns == ["learning_rate"]:
         _learning_rate_axis(axes, [row["learning_rate"] for row in history])
@@ -134,24 +138,25 @@ def curves(history: list[dict[str, Any]], best: dict[str, Any], columns: list[st
 def _learning_rate_axis(axes: Any, rates: list[float]) -> None:
     from matplotlib import ticker
 
+    axes.set(ylabel=translate("learning rate"))
     if 0 < 10 * min(rates) < max(rates):
-        axes.set(ylabel="learning rate", yscale="log")
+        axes.set(yscale="log")
     else:
-        axes.set(ylabel="learning rate", ylim=(0, None))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set(ylim=(0, None))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: general(value, 6)))
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _mark_best(axes: Any, epoch: int, value: float, *, is_share: bool) -> None:
     """Draws a ring at the best epoch; labels the axis of accuracy (`is_share`) or loss."""
-    from matplotlib import ticker
-
     if is_share:
-        axes.set(ylabel="accuracy (%)", ylim=(None, min(axes.get_ylim()[1], 1.004)))
-        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=""))
+        axes.set(ylabel=translate("accuracy (%%)"), ylim=(None, min(axes.get_ylim()[1], 1.004)))
+        percent_ticks(axes.yaxis)
     else:
-        axes.set(ylabel="loss (cross-entropy, nats)", ylim=(0, None))
-    label = f"best epoch {epoch}: {percent(value, 2) if is_share else f'{value:.4f}'}"
+        axes.set(ylabel=translate("loss (cross-entropy, nats)"), ylim=(0, None))
+        _number_ticks(axes.yaxis)
+    shown = percent(value, 2) if is_share else decimal(value, 4)
+    label = translate("best epoch %(epoch)s: %(value)s", epoch=epoch, value=shown)
     axes.plot(
         [epoch],
         [value],
@@ -169,14 +174,36 @@ def _mark_best(axes: Any, epoch: int, value: float, *, is_share: bool) -> None:
     )
 
 
+def percent_ticks(axis: Any) -> None:
+    """Shows the fractions on an axis as percentages, without the sign."""
+    from matplotlib import ticker
+
+    class Localized(ticker.PercentFormatter):
+        def __call__(self, value: float, position: int | None = None) -> str:
+            return localized(super().__call__(value, position))
+
+    axis.set_major_formatter(Localized(1.0, symbol=""))
+
+
+def _number_ticks(axis: Any) -> None:
+    from matplotlib import ticker
+
+    class Localized(ticker.ScalarFormatter):
+        def __call__(self, value: float, position: int | None = None) -> str:
+            return localized(super().__call__(value, position))
+
+    axis.set_major_formatter(Localized())
+
+
 def _mark_stages(axes: Any, history: list[dict[str, Any]]) -> None:
+    names = {"head": translate("head only"), "all": translate("whole network")}
     for before, after in itertools.pairwise(history):
         if before["stage"] != after["stage"]:
             border = after["epoch"] - 0.5
             axes.axvline(border, color=MUTED, linestyle="--", linewidth=1)
             for row, offset, alignment in ((before, -4, "right"), (after, 4, "left")):
                 axes.annotate(
-                    _STAGES.get(row["stage"], row["stage"]),
+                    names.get(row["stage"], row["stage"]),
                     (border, 1),
                     (offset, 3),
                     xycoords=("data", "axes fraction"),
@@ -189,28 +216,31 @@ def _mark_stages(axes: Any, history: list[dict[str, Any]]) -> None:
 
 def confusion_matrix(class_names: Sequence[str], metrics: ClassificationMetrics) -> Any:
     """Counts and row shares, one row per true class and one column per predicted class."""
-    from matplotlib import ticker
     from matplotlib.colors import LinearSegmentedColormap
 
     classes, confusion = len(class_names), metrics.confusion
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     annotated = classes <= MAX_ANNOTATED_CLASSES
     side = max(2.4, classes * 0.55) if annotated else 5.0  # inches
-    title = f"Confusion matrix, {confusion.sum():,} images"
+    title = translate("Confusion matrix, %(count)s images", count=number(confusion.sum()))
     block = -(-classes // _MAX_CELLS)
     if block > 1:  # among more cells, a single one would not be visible
         edges = range(0, classes, block)
         shares = np.maximum.reduceat(np.maximum.reduceat(shares, edges, axis=0), edges, axis=1)
-        title += f"\n{classes:,} classes; each cell is the largest share in a block of {block} by {block}"
+        title += "\n" + translate(
+            "%(count)s classes; each cell is the largest share in a block of %(block)s by %(block)s",
+            count=number(classes),
+            block=block,
+        )
     figure = _figure(side + 2.4, side + 1.6, "compressed")
     axes = figure.add_subplot(title=title)
     axes.grid(False)
     axes.spines[:].set(visible=True, color=LINE)
-    shades = LinearSegmentedColormap.from_list("shares", [PAPER, TRAINING])
+    shades = LinearSegmentedColormap.from_list("shares", [f"{TRAINING}00", TRAINING])  # from transparent, over any page
     image = axes.imshow(shares, cmap=shades, vmin=0, vmax=1, interpolation="nearest")
-    bar = figure.colorbar(image, label="share of the true class (%)", fraction=0.05)
-    bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=""))
-    axes.set(xlabel="predicted class", ylabel="true class", xticks=[], yticks=[])
+    bar = figure.colorbar(image, label=translate("share of the true class (%%)"), fraction=0.05)
+    percent_ticks(bar.ax.yaxis)
+    axes.set(xlabel=translate("predicted class"), ylabel=translate("true class"), xticks=[], yticks=[])
     if annotated:
         names = [shorten(name, 18) for name in class_names]
         is_crowded = max(map(len, names)) * classes > 24
@@ -224,7 +254,7 @@ def _annotate_cells(axes: Any, confusion: np.ndarray, shares: np.ndarray) -> Non
     for (i, j), count in np.ndenumerate(confusion):
         share = float(shares[i, j])
         color = PAPER if share > 0.55 else INK if count else MUTED
-        text = f"{count:,}\n{percent(share)}" if count else "0"
+        text = f"{number(count)}\n{percent(share)}" if count else "0"
         axes.text(j, i, text, ha="center", va="center", color=color, fontsize=9 if len(confusion) < 8 else 7)
 
 
@@ -235,13 +265,13 @@ def mistakes(rows: list[dict[str, Any]]) -> Any:
     columns = min(6, max(3, len(rows)))
     lines = -(-len(rows) // columns)
     figure = _figure(1.6 * columns, 2.05 * lines + 0.3, "compressed")
-    figure.suptitle("Most confident mistakes", **_TITLE)
+    figure.suptitle(translate("Most confident mistakes"), **_TITLE)
     for index, row in enumerate(rows):
         axes = figure.add_subplot(lines, columns, index + 1)
         axes.imshow(ImageOps.pad(row["image"], (_IMAGE_SIZE, _IMAGE_SIZE), color="#eef1f5"))
         axes.axis("off")
         label, predicted = shorten(row["label"], 24), shorten(row["predicted"], 24)
-        caption = f"{label} predicted as {predicted}, {percent(row['probability'])}"
+        caption = f"{label} {translate('predicted as')} {predicted}, {percent(row['probability'])}"
         axes.set_title(textwrap.fill(caption, 22), **_CAPTION)
     return figure
 
@@ -258,12 +288,12 @@ def reliability_diagram(probability: list[float], correct: list[bool], bins: int
     upper.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1)
     upper.vlines(confidence[used], bounds[:, 0], bounds[:, 1], color=VALIDATION, linewidth=1.2)
     upper.plot(confidence[used], accuracy[used], color=VALIDATION, marker="o", markersize=4, linestyle="")
-    upper.set(ylabel="share correct (%)", ylim=(-0.02, 1.02), xlim=(0, 1))
+    upper.set(ylabel=translate("share correct (%%)"), ylim=(-0.02, 1.02), xlim=(0, 1))
     lower.bar((np.arange(bins) + 0.5) / bins, count, width=0.9 / bins, color=TRAINING)
-    lower.set(ylabel="images", xlabel="probability of the predicted class (%)")
+    lower.set(ylabel=translate("images"), xlabel=translate("probability of the predicted class (%%)"))
     lower.yaxis.set_major_locator(ticker.MaxNLocator(nbins=2, integer=True))
     for axis in (upper.yaxis, lower.xaxis):
-        axis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=""))
+        percent_ticks(axis)
     return figure
 
 
@@ -273,8 +303,6 @@ def precision_recall(class_names: Sequence[str], predictions: list[dict[str, Any
     `predictions` are rows of predictions.csv with `correct`. Of more than MAX_ANNOTATED_CLASSES classes, the worst are drawn:
     those with the smallest area below the curve.
     """
-    from matplotlib import ticker
-
     by_class: dict[str, list[dict[str, Any]]] = {name: [] for name in class_names}
     for row in predictions:
         by_class[row["predicted"]].append(row)
@@ -288,12 +316,12 @@ def precision_recall(class_names: Sequence[str], predictions: list[dict[str, Any
     if worst_first:
         precision, recall = curves[worst_first[0]]
         axes.plot(recall, precision, color=VALIDATION, marker="o" if len(recall) < 20 else "", markersize=3,
-                  label=f"worst class: {shorten(worst_first[0], 24)}")  # fmt: skip
+                  label=translate("worst class: %(name)s", name=shorten(worst_first[0], 24)))  # fmt: skip
     precision, recall = _curve(predictions, len(predictions))
-    axes.plot(recall, precision, color=TRAINING, linewidth=2, label="all images")
-    axes.set(xlabel="recall (%)", ylabel="precision (%)", xlim=(0, 1.01), ylim=(None, 1.01))
+    axes.plot(recall, precision, color=TRAINING, linewidth=2, label=translate("all images"))
+    axes.set(xlabel=translate("recall (%%)"), ylabel=translate("precision (%%)"), xlim=(0, 1.01), ylim=(None, 1.01))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(ticker.PercentFormatter(1.0, symbol=""))
+        percent_ticks(axis)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0, handlelength=1.2, columnspacing=1)
     return figure
 
@@ -312,7 +340,6 @@ def image_grid(images: list[tuple[str, np.ndarray]]) -> Any:
     columns = 4
     rows = -(-len(images) // columns)
     figure = _figure(1.6 * columns, 1.8 * rows + 0.3, "compressed")
-    figure.suptitle("Augmented training images", **_TITLE)
     for index, (label, image) in enumerate(images):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.imshow(image)
@@ -329,13 +356,17 @@ def png(figure: Any) -> bytes:
 
 
 def svg(figure: Any, name: str) -> str:
-    """The figure as an <svg> element with CSS variables as colors; `name` makes its ids unique in the page."""
+    """The figure as an SVG file; `name` makes its ids unique in a page."""
     import matplotlib
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):  # without a salt, the ids are random
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
+    return buffer.getvalue()
+
+
+def svg_element(text: str) -> str:
+    """An SVG file of `svg` as an <svg> element with CSS variables as colors."""
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     for color, variable in _CSS_VARIABLES.items():
@@ -352,8 +383,8 @@ def size_histogram(sizes: np.ndarray) -> Any:
     axes.hist(sizes, bins=np.geomspace(max(1, sizes.min()) * 0.95, max(2, sizes.max()) * 1.05, 41), color=TRAINING)
     axes.axvline(224, color=VALIDATION, linestyle="--", linewidth=1)
     axes.annotate("224", (224, 1), (3, -9), ("data", "axes fraction"), "offset points", color=VALIDATION, fontsize=8)
-    axes.set(xscale="log", xlabel="smaller side (pixels)", ylabel="images")
+    axes.set(xscale="log", xlabel=translate("smaller side (pixels)"), ylabel=translate("images"))
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: decimal(value, 0)))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     return figure

@@ -8,51 +8,51 @@ from typing import Any
 
 import markupsafe
 
+from trainer import formatting
 from trainer.artifacts import run_record
 from trainer.artifacts.job_dir import PAGE_NAME, JobDir
 from trainer.artifacts.run_record import RunRecord
+from trainer.formatting import translate
 from trainer.reporting import html, plots, thumbnails
 from trainer.storage import files
 
-_CONFUSION_MATRIX = "confusion_matrix.png"
-_AUGMENTATION = "augmentation.png"
+_AUGMENTATION = "augmentation.svg"
+_MAX_CLASS_ROWS = 100  # of a table of classes, of which metrics.json has all
 
 
-def write(job_dir: str, *, report_dir: str = "", only_page: bool = False) -> None:
+def write(job_dir: str, *, report_dir: str = "", only_page: bool = False, language: str = "") -> None:
     """Draws index.html and its PNG files into `report_dir`, by default job_dir/report.
 
-    `only_page` leaves out the PNG files that the page does not contain; they take most of the time. Both folders may
-    be local or gs://; each file is atomic. The output of trainer.evaluate, which has no history.csv and no split.csv,
-    gives the same report without curves. Raises UserError if job_dir holds no run, or files of two runs.
+    `only_page` leaves out the PNG files, which take most of the time. `language` is one of formatting.LANGUAGES, by
+    default that of the run. Both folders may be local or gs://; each file is atomic. The output of trainer.evaluate, which
+    has no history.csv and no split.csv, gives the same report without curves. Raises UserError if job_dir holds no run, or
+    files of two runs.
     """
     run = run_record.read(job_dir)
     report_dir = report_dir or JobDir(job_dir).report
-    mistakes = thumbnails.with_images(run, run.mistakes)
-    with plots.style():
-        pngs = _page_pngs(run, report_dir, reuse=only_page)
-        page = _page(run, mistakes=mistakes, pngs=pngs)
-        if not only_page:
-            pngs |= _figure_pngs(run, mistakes)
+    with plots.style(), formatting.in_language(language or run.language):
+        mistakes = thumbnails.with_images(run, run.mistakes)
+        augmentation = _augmentation(run, report_dir, reuse=only_page)
+        page = _page(run, mistakes=mistakes, augmentation=augmentation)
+        figures: dict[str, str | bytes] = {} if only_page else dict(_figure_pngs(run, mistakes))
+    if augmentation:
+        figures[_AUGMENTATION] = augmentation
     files.make_directory(report_dir)
-    for name, contents in pngs.items():
+    for name, contents in figures.items():
         files.atomic_write(files.join(report_dir, name), contents)
     files.atomic_write(files.join(report_dir, PAGE_NAME), page)  # last, when its figures exist
 
 
-def _page_pngs(run: RunRecord, report_dir: str, *, reuse: bool) -> dict[str, bytes]:
-    """The PNG files that the page contains, by name: the confusion matrix of many classes, the augmented images.
+def _augmentation(run: RunRecord, report_dir: str, *, reuse: bool) -> str:
+    """The augmented images as an SVG file, "" without augmentation.
 
-    `reuse` takes the augmented images from an existing file: they are the same throughout a run.
+    `reuse` takes them from an existing file: they are the same throughout a run.
     """
-    pngs = {}
-    if run.classification and len(run.class_names) > plots.MAX_ANNOTATED_CLASSES:
-        pngs[_CONFUSION_MATRIX] = plots.png(plots.confusion_matrix(run.class_names, run.classification))
     existing = files.read(files.join(report_dir, _AUGMENTATION)) if reuse else None
     if existing:
-        pngs[_AUGMENTATION] = existing
-    elif images := thumbnails.augmented(run):
-        pngs[_AUGMENTATION] = plots.png(plots.image_grid(images))
-    return pngs
+        return existing.decode()
+    images = thumbnails.augmented(run)
+    return plots.svg(plots.image_grid(images), "augmentation") if images else ""
 
 
 def _figure_pngs(run: RunRecord, mistakes: list[dict[str, Any]]) -> dict[str, bytes]:
@@ -60,23 +60,31 @@ def _figure_pngs(run: RunRecord, mistakes: list[dict[str, Any]]) -> dict[str, by
     pngs = {}
     for column in ("accuracy", "val_accuracy", "loss", "val_loss"):
         if run.history:
-            title = column.replace("val_", "validation ").capitalize()
+            title = {
+                "accuracy": translate("Accuracy"),
+                "val_accuracy": translate("Validation accuracy"),
+                "loss": translate("Loss"),
+                "val_loss": translate("Validation loss"),
+            }[column]
             figure = plots.curves(run.history, run.best_row, [column], title)
         else:
-            figure = plots.placeholder("An evaluation has no epochs." if run.is_evaluation else "No epoch is complete.")
+            has_no_epochs, is_at_start = translate("An evaluation has no epochs."), translate("No epoch is complete.")
+            figure = plots.placeholder(has_no_epochs if run.is_evaluation else is_at_start)
         pngs[f"{column}.png"] = plots.png(figure)
     if run.classification:
         matrix = plots.confusion_matrix(run.class_names, run.classification)
-        mistakes_figure = plots.mistakes(mistakes) if mistakes else plots.placeholder("All predictions are correct.")
+        mistakes_figure = (
+            plots.mistakes(mistakes) if mistakes else plots.placeholder(translate("All predictions are correct."))
+        )
     else:
-        matrix = mistakes_figure = plots.placeholder("No predictions yet.")
-    pngs[_CONFUSION_MATRIX] = plots.png(matrix)
+        matrix = mistakes_figure = plots.placeholder(translate("No predictions yet."))
+    pngs["confusion_matrix.png"] = plots.png(matrix)
     pngs["mistakes.png"] = plots.png(mistakes_figure)
     return pngs
 
 
-def _page(run: RunRecord, *, mistakes: list, pngs: dict[str, bytes]) -> str:
-    """The text of index.html."""
+def _page(run: RunRecord, *, mistakes: list, augmentation: str) -> str:
+    """The text of index.html. `augmentation` is the SVG file of the augmented images."""
     figures: dict[str, Any] = {}
     by_f1: list[tuple[str, dict]] = []
     if run.history:
@@ -86,8 +94,13 @@ def _page(run: RunRecord, *, mistakes: list, pngs: dict[str, bytes]) -> str:
     if run.classification:
         figures["reliability"] = plots.reliability_diagram(run.top_probabilities, run.is_correct)
         figures["precision_recall"] = plots.precision_recall(run.class_names, run.predictions)
+        if len(run.class_names) > plots.MAX_ANNOTATED_CLASSES:
+            figures["confusion_matrix"] = plots.confusion_matrix(run.class_names, run.classification)
         classes = zip(run.class_names, run.classification.per_class, strict=True)
         by_f1 = sorted(classes, key=lambda item: item[1]["f1"] if item[1]["support"] else 2.0)  # 2: at the end
+    # Markup: matplotlib has escaped the text in the figures.
+    elements = {name: markupsafe.Markup(plots.svg_element(plots.svg(figure, name))) for name, figure in figures.items()}
+    elements["augmentation"] = markupsafe.Markup(plots.svg_element(augmentation) if augmentation else "")
     return html.render(
         "report.html",
         run=run,
@@ -99,10 +112,9 @@ def _page(run: RunRecord, *, mistakes: list, pngs: dict[str, bytes]) -> str:
         pairs=thumbnails.of_pairs(run),
         by_f1=by_f1,
         stage_times=_stage_times(run),
-        # Markup: matplotlib has escaped the text in the figures.
-        figures={name: markupsafe.Markup(plots.svg(figure, name)) for name, figure in figures.items()},
-        images={name: html.data_uri(contents, "png") for name, contents in pngs.items()},
+        figures=elements,
         max_annotated=plots.MAX_ANNOTATED_CLASSES,
+        max_rows=_MAX_CLASS_ROWS,
         model_dir=shlex.quote(run.model_dir),
         job_dir=shlex.quote(run.job_dir),
     )

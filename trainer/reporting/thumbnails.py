@@ -13,6 +13,7 @@ from absl import logging
 from trainer.artifacts.run_record import RunRecord
 from trainer.data import shards
 from trainer.data.inspection import InspectedFile
+from trainer.formatting import translate
 from trainer.reporting import html
 from trainer.storage import files
 
@@ -92,7 +93,7 @@ def _placeholder() -> Any:
 
     image = Image.new("RGB", (_REPORT_SIZE, _REPORT_SIZE), "#b8bec5")
     center = (_REPORT_SIZE // 2, _REPORT_SIZE // 2)
-    text = "this image\ncannot be read"
+    text = translate("this image\ncannot be read")
     ImageDraw.Draw(image).text(center, text, "#3c444c", anchor="mm", align="center", font_size=24)
     return image
 
@@ -109,8 +110,9 @@ def _heat_uri(heatmap: np.ndarray, size: tuple[int, int], resize: str) -> str:
 
     small = (max(1, size[0] // 3), max(1, size[1] // 3))  # pixels; enough for a smooth overlay, and a page holds many
     share = np.asarray(over_image(Image.fromarray(heatmap), small, resize), np.float32)[..., None] / 255
-    cold, hot = np.array([230, 30, 90], np.float32), np.array([255, 225, 40], np.float32)  # red to yellow
-    pixels = np.concatenate([cold + share * (hot - cold), 210 * share**0.8], axis=2).round().astype(np.uint8)
+    cold, hot = np.array(html.HEAT_COLORS, np.float32)
+    opacity = html.HEAT_OPACITY * share**html.HEAT_POWER
+    pixels = np.concatenate([cold + share * (hot - cold), opacity], axis=2).round().astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels, "RGBA").save(buffer, "PNG", optimize=True)
     return html.data_uri(buffer.getvalue(), "png")

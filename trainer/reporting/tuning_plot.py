@@ -8,10 +8,18 @@ from trainer.storage import files
 
 
 def write(path: str, trials: list, names: list[str], scales: dict[str, str]) -> None:
-    """Writes a PNG: panels of val_accuracy over the number of the trial and over each flag of `names`.
+    """Writes the PNG file of `draw`, whose arguments the others are."""
+    buffer = io.BytesIO()
+    draw(trials, names, scales).savefig(buffer, format="png", dpi=130)
+    files.atomic_write(path, buffer.getvalue())
+
+
+def draw(trials: list, names: list[str], scales: dict[str, str]) -> Any:
+    """A matplotlib Figure: panels of val_accuracy over the number of the trial and over each flag of `names`.
 
     `trials` are Optuna's, complete or pruned; `scales` is matplotlib's scale of each flag's axis.
     """
+    from matplotlib import ticker
     from matplotlib.figure import Figure
 
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
@@ -22,12 +30,12 @@ def write(path: str, trials: list, names: list[str], scales: dict[str, str]) -> 
         _draw_trials(panel, name, complete, pruned)
         panel.set_xscale(scales.get(name, "linear"))
     panels[0].set_ylabel("val_accuracy", color=INK)
+    panels[0].set_ylim(top=min(panels[0].get_ylim()[1], 1.004))  # no accuracy above 1
+    panels[0].xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
     best_so_far = [max(t.value for t in complete if t.number <= trial.number) for trial in complete]
     panels[0].step([trial.number for trial in complete], best_so_far, where="post", color=VALIDATION, linewidth=1)
     panels[0].legend(frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    files.atomic_write(path, buffer.getvalue())
+    return figure
 
 
 def _draw_trials(panel: Any, name: str, complete: list, pruned: list) -> None:

@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from trainer import formatting
 from trainer.reporting import html
 from trainer.serving import decoding, request_body
 from trainer.serving.access import AccessControl
@@ -61,12 +62,13 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """Where requests are answered, and for whom; see access.AccessControl."""
+    """Where requests are answered, for whom, and in which language the page is; see access.AccessControl."""
 
     predict_route: str = "/predict"
     health_route: str = "/health"
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    language: str = "en"  # one of formatting.LANGUAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +187,8 @@ class ServingApp:
             "health": self._access.health_route,
             "max_request_bytes": self._limits.max_request_bytes,
         }
-        text = html.render("serve.html", settings=settings)
+        with formatting.in_language(self._access.language):
+            text = html.render("serve.html", settings=settings)
         return HTMLResponse(
             text, headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
         )
@@ -200,6 +203,7 @@ class ServingApp:
                 "class_names": classifier.class_names,
                 "explains": classifier.explain is not None,
                 "resize": classifier.resize,
+                "accuracy": classifier.accuracy,
             }
         )
 

@@ -5,12 +5,14 @@ Imports TensorFlow only when a model is loaded. Shapes: B images, C classes, H x
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainer.artifacts import run_record
 from trainer.artifacts.job_dir import FLAGS_OF_A_MODEL, JobDir
 from trainer.artifacts.metrics import top_class
 from trainer.config import DEFAULTS
@@ -36,7 +38,8 @@ class Classifier:
 
     `explain` also returns heat maps; it is None for a model without them. Only a SavedModel has novelty, and not one of an
     earlier version. `resize` says which part of an image a heat map covers (see models.gradcam). Images become
-    squares of `image_size` pixels; it is 0 for a model from before --resize, which does not contain it.
+    squares of `image_size` pixels; it is 0 for a model from before --resize, which does not contain it. `accuracy` is the
+    one that leads the report of its run; None where the files of that run are not beside the model.
     """
 
     class_names: tuple[str, ...]
@@ -44,6 +47,7 @@ class Classifier:
     explain: Callable[[list[bytes]], Outputs] | None = None
     resize: str = DEFAULTS["resize"]
     image_size: int = 0
+    accuracy: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,8 +83,23 @@ def load(model_dir: str) -> Classifier:
     check_model_dir(model_dir)
     if files.exists(_graph_path(model_dir)):
         with files.local_copy(model_dir) as local_dir:
-            return _load_saved_model(local_dir)
-    return _load_job_dir(model_dir)
+            classifier = _load_saved_model(local_dir)
+        job_dir = os.path.dirname(model_dir.rstrip("/"))
+        is_of_job = JobDir(job_dir).saved_model == model_dir.rstrip("/")
+        return dataclasses.replace(classifier, accuracy=_measured_accuracy(job_dir) if is_of_job else None)
+    return dataclasses.replace(_load_job_dir(model_dir), accuracy=_measured_accuracy(model_dir))
+
+
+def _measured_accuracy(job_dir: str) -> dict[str, Any] | None:
+    """The accuracy that leads the report of a finished run, with its `kind`; None without a finished run."""
+    try:
+        run = run_record.read(job_dir)
+    except UserError:
+        return None
+    if run.is_running or run.is_evaluation or not run.estimates:
+        return None
+    values = {"kind": "test", **run.test} if run.test else run.estimates[0]
+    return {name: values[name] for name in ("kind", "accuracy", "low", "high", "correct", "images")}
 
 
 def classify(classifier: Classifier, images: list[tuple[str, bytes]], *, explain: bool = False) -> list[Prediction]:

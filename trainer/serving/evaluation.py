@@ -45,6 +45,7 @@ class LabeledFolder:
     batch_size: int
     max_bad_fraction: float
     min_precision: float = 0.0  # of the answers above the thresholds that are found; 0: none are
+    language: str = "en"  # of the report
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -219,6 +220,7 @@ def _config(model_dir: str, labeled: LabeledFolder, report_dir: str, resize: str
             "report_dir": report_dir,
             "max_bad_fraction": labeled.max_bad_fraction,
             "resize": resize,  # of the model; the heat maps in the report need it
+            "language": labeled.language,
         },
         "defaults": {},
         "resolved": {},
