@@ -1,4 +1,4 @@
-"""README.md, its translation and the tutorial: commands, flags, files, numbers and packages are those of the project."""
+"""README.md, the tutorial and their translations: commands, flags, files, numbers and packages are those of the project."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 from tests.support.trainer_flags import flags_of
 from trainer import cli, config, task
 
-PAGES = ["README.md", "README.es.md", "docs/tutorial.md"]
+PAGES = ["README.md", "README.es.md", "docs/tutorial.md", "docs/tutorial.es.md"]
 README = (ROOT / "README.md").read_text()
 SPANISH_README = (ROOT / "README.es.md").read_text()
 
@@ -53,6 +53,8 @@ def test_each_command_is_valid(line):
         assert words[:-1] == ["pip", "install", "--constraint", "constraints.txt", *editable]
         assert project in (".", f"dist/picture_trainer-{trainer.__version__}-py3-none-any.whl")
         assert f'"{extra}": [' in (ROOT / "setup.py").read_text()
+    elif words[:3] == ["python3", "-m", "venv"]:
+        assert f"VENV := {words[3]}\n" in (ROOT / "Makefile").read_text()
     elif words[0] == "source":
         assert f"VENV := {words[1].split('/')[0]}\n" in (ROOT / "Makefile").read_text()
     elif words[:3] == ["kubectl", "apply", "-k"]:  # tests/deploy/test_kubernetes.py checks the overlay
@@ -99,8 +101,14 @@ def numbers_of(text: str, *, is_spanish: bool = False) -> set[str]:
     return set(re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", text))
 
 
-def test_the_spanish_readme_has_the_same_commands_and_flags():
-    assert commands_of("README.es.md") == commands_of("README.md")
+def test_the_spanish_pages_have_the_same_commands_flags_and_headings():
+    for name in ("README", "docs/tutorial"):
+        english, spanish = (ROOT / f"{name}.md").read_text(), (ROOT / f"{name}.es.md").read_text()
+        assert commands_of(f"{name}.es.md") == commands_of(f"{name}.md")
+        for pattern in (r"^#+ ", r"^\| "):  # headings, and rows of tables
+            assert len(re.findall(pattern, spanish, re.MULTILINE)) == len(re.findall(pattern, english, re.MULTILINE)), (
+                pattern
+            )
     assert flag_table("README.es.md") == flag_table("README.md")
 
 
@@ -114,10 +122,16 @@ def test_the_spanish_readme_has_the_same_numbers_and_files():
     assert numbers_of(english) <= numbers_of(spanish, is_spanish=True)
 
 
-def test_the_spanish_readme_has_a_decimal_comma_in_its_prose():
+@pytest.mark.parametrize("page", ["README.es.md", "docs/tutorial.es.md"])
+def test_a_spanish_page_has_a_decimal_comma_in_its_prose(page):
     code = r"```.*?```|`[^`\n]*`( \| \S+ \|)?|\]\(.*?\)|http\S+"  # with the default of a flag in its table
-    prose = re.sub(code, " ", SPANISH_README, flags=re.DOTALL)
-    assert set(re.findall(r"\d\.\d+", prose)) <= {"3.11", "3.13", "2.0"}  # Python 3.11 to 3.13, Apache-2.0
+    prose = re.sub(code, " ", (ROOT / page).read_text(), flags=re.DOTALL)
+    assert set(re.findall(r"\d\.\d+", prose)) <= {
+        "3.11",
+        "3.13",
+        "2.0",
+        "3.0",
+    }  # Python 3.11 to 3.13, Apache-2.0, AGPL-3.0
     assert not re.findall(r"\b\d{1,3},000\b", prose)
 
 
