@@ -12,6 +12,7 @@ from tests.support.paths import ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # two jobs, a server and eight measurements
 @pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="this machine has a GPU")
 def test_without_a_gpu_each_of_its_lines_is_not_measured_and_the_rest_passes(tmp_path):
     page = tmp_path / "page.md"
