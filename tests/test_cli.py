@@ -176,7 +176,8 @@ def folders(tmp_path_factory):
         pytest.param("text", [], "no readable image", id="no-readable-image"),
         pytest.param("good", ["--image_size=16"], "image_size is 16", id="image-size"),
         pytest.param("good", ["--batch_size=0"], "batch_size is 0", id="batch-size-0"),
-        pytest.param("good", ["--batch_size=7"], "6 training images", id="batch-size"),
+        pytest.param("good", ["--weights=no.h5"], "--weights=no.h5 does not exist: pass imagenet, none", id="weights"),
+        pytest.param("good", ["--data_dir="], "--data_dir is not set: pass the folder", id="no-data-dir"),
         pytest.param("good", ["--learning_rate=nan"], "learning_rate is nan", id="learning-rate"),
         pytest.param("good", ["--batch_size=4", "--profile_steps=2,3"], "an epoch has 2 steps", id="profile-steps"),
         pytest.param("good", ["--data_dri=x"], "Did you mean: data_dir", id="unknown-flag"),
@@ -254,7 +255,7 @@ def imported_modules(*arguments) -> set[str]:
 def test_help_and_wrong_input_do_not_import_tensorflow(folders, tmp_path):
     assert "tensorflow" not in imported_modules("trainer.task", "--help")
     modules = imported_modules(
-        "trainer.task", f"--data_dir={folders / 'good'}", f"--job_dir={tmp_path / 'job'}", "--batch_size=9"
+        "trainer.task", f"--data_dir={folders / 'good'}", f"--job_dir={tmp_path / 'job'}", "--profile_steps=9,9"
     )
     assert "trainer.data.dataset" in modules
     assert "tensorflow" not in modules

@@ -9,6 +9,7 @@ import json
 import logging as python_logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -114,6 +115,16 @@ def command(module: str) -> str:
     prefix, _, own_name = program().rpartition(" ")
     names = {module: name for name, module in reversed(COMMANDS.items())}
     return f"{prefix} {names[module]}" if own_name in COMMANDS else f"python -m trainer.{module}"
+
+
+def this_command(*more_flags: str) -> str:
+    """The command line of this process with more flags at its end, to be pasted; of equal flags the last one counts.
+
+    Only the flags in a process that is not a command of this project.
+    """
+    if not flags.FLAGS.is_parsed():
+        return shlex.join(more_flags)
+    return f"{program()} {shlex.join([*sys.argv[1:], *more_flags])}"
 
 
 def version() -> str:

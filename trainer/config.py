@@ -39,7 +39,7 @@ class Config:
     data_dir: str = flag(
         "",
         "Folder with one sub-folder of images per class, local or gs://; or the output of trainer.pack; or tfds:NAME or "
-        "tfds:NAME@DIR for a TensorFlow Dataset. Without it, the job draws a demo set.",
+        "tfds:NAME@DIR for a TensorFlow Dataset; or demo, a set that the job draws.",
         # Images are compared by content (split.csv), wherever they are stored.
         resumable=True,
         per_worker=True,
@@ -152,7 +152,7 @@ class Config:
     )
     weights: str = flag(
         "imagenet",
-        "imagenet (downloaded by Keras), none (random), or the path of a weights file of the backbone or of an "
+        "imagenet (downloaded by Keras), none (random), the path of a weights file of the backbone, or the job_dir of an "
         "earlier run.",
         in_readme=True,
     )
@@ -194,7 +194,10 @@ class Config:
         choices=("auto", "val_accuracy", "val_loss", "balanced_accuracy", "first_val_accuracy"),
     )
     batch_size: int = flag(
-        32, "Images per step over all workers and devices (the global batch).", at_least=1, in_readme=True
+        32,
+        "Images per step over all workers and devices (the global batch); at most all training images.",
+        at_least=1,
+        in_readme=True,
     )
     accumulate_steps: str = flag(
         "1",

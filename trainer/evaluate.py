@@ -19,6 +19,7 @@ from trainer.data import label_file, tfds
 from trainer.data.dataset import read_folder
 from trainer.errors import UserError
 from trainer.formatting import LANGUAGES
+from trainer.serving import classifier
 
 
 def define_flags() -> None:
@@ -58,6 +59,8 @@ def main(arguments: list[str]) -> None:
     repeated = [path for path in model_dirs if model_dirs.count(path) > 1]
     if repeated:
         raise UserError(f"--model_dir names {repeated[0]} more than once: pass different models.")
+    for model_dir in model_dirs:
+        classifier.check_model_dir(model_dir)  # before TensorFlow's import, which takes seconds
     max_bad_fraction = flags.FLAGS.max_bad_fraction
     with tfds.as_folder(label_file.data_dir_for(labels, flags.FLAGS.data_dir)) as data_dir:
         folder = read_folder(data_dir, max_bad_fraction=max_bad_fraction, min_classes=1, labels_file=labels)

@@ -36,6 +36,7 @@ from trainer.runtime.signals import StopSignal
 from trainer.storage import files, preflight
 
 ADDRESS_TIMEOUT_SECS = 300  # for the names of the other workers to resolve
+DEMO = "demo"  # the --data_dir that is drawn
 DEMO_IMAGES_PER_CLASS = 160
 
 
@@ -61,7 +62,11 @@ def with_environment(settings: Config, environment: Mapping[str, str]) -> Config
     root = settings.job_dir.rstrip("/")
     if not root and environment.get("AIP_CHECKPOINT_DIR"):
         root = os.path.dirname(environment["AIP_CHECKPOINT_DIR"].rstrip("/"))
-    if not root and settings.data_dir:
+    if not settings.data_dir and not root:
+        settings = dataclasses.replace(settings, data_dir=DEMO)
+    if not settings.data_dir:
+        raise UserError(_missing_data_dir(JobDir(root)))
+    if not root and settings.data_dir != DEMO:
         raise UserError("--job_dir is not set: pass the folder for everything that the job writes.")
     paths = JobDir(root or job_dir.DEFAULT_NAME)
     model_dir = settings.model_dir or environment.get("AIP_MODEL_DIR", "")
@@ -74,6 +79,16 @@ def with_environment(settings: Config, environment: Mapping[str, str]) -> Config
     )
 
 
+def _missing_data_dir(paths: JobDir) -> str:
+    """What to do without --data_dir: the folder of the run in job_dir is known, if there is one."""
+    before = paths.read_config()
+    known = f", for example --data_dir={before['flags'].get('data_dir')}, the folder of the run there" if before else ""
+    return (
+        f"--data_dir is not set: pass the folder with one sub-folder of images per class{known}; or --data_dir={DEMO}, "
+        "which draws a demo set."
+    )
+
+
 def run(settings: Config, *, build_network: Callable | None = None) -> int:
     """Prepares and runs the job: data, earlier run, TensorFlow, training, export. Returns the exit code.
 
@@ -82,12 +97,13 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
     this_worker = cluster.resolve(os.environ)
     _check_export_packages(settings.export_formats)
     with tempfile.TemporaryDirectory() as temporary:
-        if not settings.data_dir:
+        if settings.data_dir == DEMO:
             settings = _with_demo_images(settings, temporary)
         elif settings.data_dir.startswith("tfds:"):
             settings = _with_tfds_images(settings, temporary)
         is_writing = this_worker.is_chief and not settings.dry_run
         _check_buckets(settings, is_writing=is_writing)
+        settings = dataclasses.replace(settings, weights=_weights_file(settings.weights))
         folder = read_folder(
             settings.data_dir,
             max_bad_fraction=settings.max_bad_fraction,
@@ -102,7 +118,8 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
         recorded = _recorded_split(settings, folder)
         split = recorded or splits.choose(folder, **how_to_split)
         origin = splits.describe(folder, **how_to_split)
-        profile_range = _checked_profile_range(settings, split)
+        settings = _with_batch_that_fits(settings, len(split.training))
+        profile_range = _checked_profile_range(settings, len(split.training))
         fingerprint = splits.fingerprint(split, folder.class_names)
         settings = _with_earlier_flags(settings, fingerprint, split, folder.class_names)
         if is_writing:
@@ -161,11 +178,23 @@ def _check_export_packages(export_formats: str) -> None:
 def _with_demo_images(settings: Config, temporary: str) -> Config:
     from trainer.data import synthetic
 
+    if os.path.exists(DEMO):
+        raise UserError(
+            f"--data_dir={DEMO} draws a demo set, and there is also a folder {DEMO}: pass --data_dir=./{DEMO} for the folder."
+        )
+    paths = JobDir(settings.job_dir)
+    before = paths.read_config()
+    is_demo = before and os.path.basename(before["flags"].get("data_dir", "")) == os.path.basename(paths.demo_images)
+    if before and paths.has_progress() and not is_demo:
+        raise UserError(
+            f"{settings.job_dir} holds a run on {before['flags'].get('data_dir')}: pass another --job_dir for the demo, or "
+            "that --data_dir."
+        )
     is_kept = not settings.dry_run and not files.is_remote(settings.job_dir)
     if is_kept:
         preflight.check_local_directory(settings.job_dir, flag="job_dir")
-    data_dir = JobDir(settings.job_dir if is_kept else temporary).demo_images
-    logging.info("No --data_dir: drawing the demo set (discs, rings and stars) in %s.", data_dir)
+    data_dir = paths.demo_images if is_kept else JobDir(temporary).demo_images
+    logging.info("Drawing the demo set (discs, rings and stars) in %s.", data_dir)
     synthetic.draw(data_dir, images_per_class=DEMO_IMAGES_PER_CLASS)
     return dataclasses.replace(settings, data_dir=data_dir)
 
@@ -195,14 +224,37 @@ def _check_buckets(settings: Config, *, is_writing: bool) -> None:
     )
 
 
-def _checked_profile_range(settings: Config, split: Split) -> tuple[int, int] | None:
-    """The range of --profile_steps. Raises UserError if it, or a batch, is larger than the training images allow."""
-    num_training = len(split.training)
-    if settings.batch_size > num_training:
+def _weights_file(weights: str) -> str:
+    """The value of --weights, with the file of best weights in place of a job_dir.
+
+    Raises UserError, before TensorFlow's import, if the file does not exist.
+    """
+    if weights in ("imagenet", "none"):
+        return weights
+    paths = JobDir(weights.rstrip("/"))
+    path = paths.best_weights if files.exists(paths.config) else weights
+    if not files.exists(path):
         raise UserError(
-            f"--batch_size is {settings.batch_size}, but there are {num_training} training images: pass {num_training} "
-            "or less."
+            f"--weights={path} does not exist: pass imagenet, none, the path of a weights file, or the job_dir of an "
+            "earlier run."
         )
+    return path
+
+
+def _with_batch_that_fits(settings: Config, num_training: int) -> Config:
+    """The flags with a batch of at most all training images. A resumed run gets the same, since its images are the same."""
+    if settings.batch_size <= num_training:
+        return settings
+    logging.info(
+        "--batch_size=%d is more than the %d training images: the batch is all of them.",
+        settings.batch_size,
+        num_training,
+    )
+    return dataclasses.replace(settings, batch_size=num_training)
+
+
+def _checked_profile_range(settings: Config, num_training: int) -> tuple[int, int] | None:
+    """The range of --profile_steps. Raises UserError if it is larger than the training images allow."""
     steps, profile_range = sampler.steps_per_epoch(num_training, settings.batch_size), settings.profile_range()
     if profile_range and profile_range[1] > steps:
         raise UserError(
@@ -247,7 +299,8 @@ def _with_earlier_flags(settings: Config, fingerprint: str, split: Split, class_
             changed = splits.describe_changes(paths.split, split, class_names)
         raise UserError(
             f"The images in {settings.data_dir} are not those of the run in {settings.job_dir} ({changed}): restore "
-            "them, or pass another --job_dir."
+            f"them, or pass another --job_dir. With --weights={settings.job_dir} too, the new run starts from the weights of "
+            "this one."
         )
     return settings
 

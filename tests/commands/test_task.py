@@ -55,7 +55,38 @@ def test_flags_override_vertex_and_defaults_are_in_job_dir():
 def test_data_dir_needs_a_job_dir_and_the_demo_does_not():
     with pytest.raises(UserError, match="--job_dir is not set"):
         task.with_environment(Config(data_dir="d"), {})
-    assert task.with_environment(Config(), {}).job_dir == "demo_job"
+    for settings in (Config(), Config(data_dir="demo")):
+        settings = task.with_environment(settings, {})
+        assert (settings.data_dir, settings.job_dir) == ("demo", "demo_job")
+
+
+def test_a_job_dir_needs_a_data_dir_and_a_run_there_is_not_replaced_by_the_demo(tmp_path):
+    JobDir(str(tmp_path)).write_config({"flags": {"data_dir": "pictures", "augment": "basic"}})
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"--data_dir is not set: .* --data_dir=pictures, the folder of the run there; or"
+    ):
+        task.with_environment(Config(job_dir=str(tmp_path)), {})
+    settings = task.with_environment(Config(job_dir=str(tmp_path), data_dir="demo"), {})
+    with pytest.raises(UserError, match="holds a run on pictures: pass another --job_dir for the demo"):
+        task.run(settings)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.json"}
+
+
+def test_weights_may_be_those_of_an_earlier_job(tmp_path):
+    JobDir(str(tmp_path)).write_config({"flags": {}})
+    with pytest.raises(UserError, match=r"best\.weights\.h5 does not exist"):
+        task._weights_file(f"{tmp_path}/")
+    (tmp_path / "best.weights.h5").touch()
+    assert task._weights_file(f"{tmp_path}/") == JobDir(str(tmp_path)).best_weights
+    assert task._weights_file("imagenet") == "imagenet"
+
+
+def test_a_batch_is_at_most_all_training_images(caplog):
+    with caplog.at_level("INFO", logger="absl"):
+        assert task._with_batch_that_fits(Config(batch_size=32), 13).batch_size == 13
+    assert "--batch_size=32 is more than the 13 training images: the batch is all of them." in caplog.messages
+    assert task._with_batch_that_fits(Config(batch_size=13), 13).batch_size == 13
 
 
 def test_a_format_without_its_packages_is_refused_first(monkeypatch, tmp_path):

@@ -32,8 +32,18 @@ def test_bad_files_have_reasons_and_too_many_are_an_error(tmp_path):
         ("cat/empty.jpg", "empty file"),
         ("dog/dangling.jpg", "cannot be read: No such file or directory"),
     )
-    with pytest.raises(UserError, match=r"2 of 10 files .* 'cat/empty.jpg': empty file"):
+    for number in range(3):
+        (tmp_path / "cat" / f"text_{number}.jpg").write_text("text")
+    (tmp_path / "cat" / "notes.txt").write_text("is no image, and no damaged one")
+    with pytest.raises(UserError) as error:
         read_folder(str(tmp_path), max_bad_fraction=0.1)
+    message = str(error.value)
+    assert "5 of 13 files are not readable images, more than --max_bad_fraction=0.1 allows: 3 x not a JPEG" in message
+    assert "(the first: 'cat/text_0.jpg'); 1 x empty file (the first: 'cat/empty.jpg'); 1 x cannot be read" in message
+    assert f"trainer.inspect_data --data_dir={tmp_path}` lists them all" in message
+    assert "--max_bad_fraction=0.385 to leave them out" in message
+    folder = read_folder(str(tmp_path), max_bad_fraction=0.385)
+    assert folder.notes == ("1 text files beside the images are not used; the first is 'cat/notes.txt'",)
 
 
 def test_a_thousand_classes_of_two_images_hold_out_one_each(tmp_path):

@@ -195,7 +195,8 @@ def test_a_missing_label_file_is_refused(tmp_path):
 @pytest.mark.parametrize("command", ["task", "evaluate", "pack", "inspect_data"])
 def test_every_command_that_reads_labels_takes_the_flag(command, tmp_path):
     needed = {"task": "job_dir", "evaluate": "report_dir", "pack": "output_dir", "inspect_data": "output_dir"}[command]
-    model = ["--model_dir=m"] if command == "evaluate" else []
+    (tmp_path / "saved_model.pb").touch()
+    model = [f"--model_dir={tmp_path}"] if command == "evaluate" else []
     process = run_command(f"trainer.{command}", "--labels=gone.csv", f"--{needed}={tmp_path / 'out'}", *model)
     assert process.returncode == 2, process.stderr
     assert "--labels=gone.csv does not exist: pass a file of paths and labels." in process.stderr

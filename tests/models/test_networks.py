@@ -129,8 +129,14 @@ def build_with_failing_download(monkeypatch, message: str) -> None:
 
 
 def test_a_failed_download_names_the_alternatives(monkeypatch):
-    with pytest.raises(UserError, match=r"URL fetch failure .*: pass the path of a weights file as --weights=PATH"):
-        build_with_failing_download(monkeypatch, "URL fetch failure on https://example.org: None -- Name not known")
+    with pytest.raises(UserError) as error:
+        build_with_failing_download(
+            monkeypatch, "URL fetch failure on https://example.org/w.h5: None -- Name not known"
+        )
+    assert "Download https://example.org/w.h5 on a machine that can, copy it here and pass --weights=PATH" in str(
+        error.value
+    )
+    assert str(error.value).endswith("--weights=none --head_epochs=0 --epochs=30")
 
 
 def test_other_failures_of_keras_are_not_taken_for_a_download(monkeypatch):

@@ -104,7 +104,7 @@ podman run --rm --entrypoint /bin/sh "$IMAGE" -c '
   if [ -w /app ] || [ -w /opt/venv ]; then echo "the user can write to the program"; exit 1; fi
 ' > "$OUT/contents.log" 2>&1 || fail "the image contains files that it must not contain" "$OUT/contents.log"
 
-DEMO=(--job_dir=/job --weights=none --head_epochs=0 --image_size=32 --batch_size=16 --checkpoint_secs=1)
+DEMO=(--data_dir=demo --job_dir=/job --weights=none --head_epochs=0 --image_size=32 --batch_size=16 --checkpoint_secs=1)
 start=$SECONDS
 read -ra run <<< "$(restricted finished)"
 expect 0 "$OUT/finished.log" podman run --rm "${run[@]}" "$IMAGE" "${DEMO[@]}" --epochs=1

@@ -111,7 +111,7 @@ def read_folder(
     ).take(is_readable)
     _check_classes(data_dir, class_names, examples, bad_files)
     num_entries = len(paths) + len(listing.bad_folders)
-    file_checks.check_bad_fraction(len(bad_files), num_entries, bad_files[:1], max_bad_fraction)
+    file_checks.check_bad_fraction(bad_files, num_entries, max_bad_fraction, data_dir=data_dir)
     return Folder(
         class_names=class_names,
         examples=examples,

@@ -3,19 +3,22 @@
 No TensorFlow. P is the number of listed paths.
 """
 
+import collections
 import functools
 import hashlib
+import math
 import multiprocessing
 import os
+import shlex
 import signal
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
-from trainer import config
+from trainer import cli, config
 from trainer.data import formats, listing
 from trainer.data.listing import BadFile, Listing
 from trainer.errors import UserError
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 MANY_FILES = 10_000
 
 _THREADS_PER_PROCESS = 4  # each waits for the disk
+
+_MAX_REASONS = 4  # in the message of check_bad_fraction
 
 HEAD_BYTES = 65_536  # holds the header of nearly every image, and all of a small image
 
@@ -104,14 +109,25 @@ def _check_objects(data_dir: str, objects: "dict[str, gcs.ObjectInfo]", paths: l
     return [check(path) for path in paths]
 
 
-def check_bad_fraction(bad: int, total: int, first: Iterable[BadFile], max_bad_fraction: float) -> None:
-    """Raises UserError if more than `max_bad_fraction` of `total` files are bad; the message names the `first` ones."""
-    if bad > max_bad_fraction * total:
-        examples = "".join(f" The first is {file.path!r}: {file.reason}." for file in first)
-        raise UserError(
-            f"{bad} of {total} files are not readable images, more than --max_bad_fraction={max_bad_fraction} "
-            f"allows.{examples} Remove them or raise the flag."
-        )
+def check_bad_fraction(bad_files: Collection[BadFile], total: int, max_bad_fraction: float, *, data_dir: str) -> None:
+    """Raises UserError if more than `max_bad_fraction` of `total` files are bad.
+
+    The message counts them by reason, and has the command that lists them and the value of the flag that accepts them.
+    """
+    if len(bad_files) <= max_bad_fraction * total:
+        return
+    first: dict[str, BadFile] = {}
+    for file in bad_files:
+        first.setdefault(file.reason, file)
+    counts = collections.Counter(file.reason for file in bad_files).most_common(_MAX_REASONS)
+    reasons = "; ".join(f"{count} x {reason} (the first: {first[reason].path!r})" for reason, count in counts)
+    more = f"; and {len(first) - _MAX_REASONS} other reasons" if len(first) > _MAX_REASONS else ""
+    accepting = min(1.0, math.ceil(1000 * len(bad_files) / total) / 1000)
+    raise UserError(
+        f"{len(bad_files)} of {total} files are not readable images, more than --max_bad_fraction={max_bad_fraction} "
+        f"allows: {reasons}{more}. `{cli.command('inspect_data')} --data_dir={shlex.quote(data_dir)}` lists them all. Remove "
+        f"them, or pass --max_bad_fraction={accepting:g} to leave them out."
+    )
 
 
 def check_file(path: str) -> FileCheck:

@@ -132,5 +132,6 @@ class ImageSource:
 
         Not part of record_unreadable, which tf.data calls: it would wrap the error.
         """
-        first = list(self.bad_files.values())[:1]
-        file_checks.check_bad_fraction(len(self.bad_files), self._num_files, first, self._max_bad_fraction)
+        file_checks.check_bad_fraction(
+            self.bad_files.values(), self._num_files, self._max_bad_fraction, data_dir=self._data_dir
+        )

@@ -20,6 +20,9 @@ IGNORED_NAMES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 
+# Of files that accompany images, such as notes and annotations. They are no images, and no damaged ones either.
+TEXT_EXTENSIONS = (".csv", ".htm", ".html", ".json", ".log", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml")
+
 # Words in the names of folders of a data directory that is split already; the other words of such a name are ignored.
 TRAINING_WORDS = frozenset({"train", "training", "trainset"})
 VALIDATION_WORDS = frozenset({"val", "valid", "validation", "dev", "valset"})
@@ -94,7 +97,7 @@ def list_files(data_dir: str, *, min_classes: int = 2) -> Listing:
     if split_folders:
         named = (split_folders.training, split_folders.validation, split_folders.test)
         sides = [f"{side}/" for side in named if side]
-    paths, labels, bad_folders, repeating = [], [], [], set()
+    paths, labels, bad_folders, repeating, texts = [], [], [], set(), []
     for side in sides:
         found = [_files_below(scan, files.join(data_dir, side + name), side + name) for name in class_names]
         repeats = [_repeats_classes(side, i, class_names, found) for i in range(len(class_names))]
@@ -102,8 +105,10 @@ def list_files(data_dir: str, *, min_classes: int = 2) -> Listing:
         for label, (class_paths, named_like_images) in enumerate(found):
             reason = "a folder named like an image: its files are not read"
             bad_folders += [BadFile(escape_name(path), reason) for path in sorted(named_like_images)]
-            paths += sorted(escape_name(path) for path in class_paths)
-            labels += [label] * len(class_paths)
+            images = sorted(escape_name(path) for path in class_paths if not path.lower().endswith(TEXT_EXTENSIONS))
+            texts += sorted(escape_name(path) for path in class_paths if path.lower().endswith(TEXT_EXTENSIONS))
+            paths += images
+            labels += [label] * len(images)
     if repeating:
         names = tuple(name for name in class_names if name not in repeating)
         index = {class_names.index(name): i for i, name in enumerate(names)}
@@ -113,6 +118,8 @@ def list_files(data_dir: str, *, min_classes: int = 2) -> Listing:
         notes += [
             f"the folder {name!r} repeats the class folders beside it and is not used" for name in sorted(repeating)
         ]
+    if texts:
+        notes.append(f"{len(texts)} text files beside the images are not used; the first is {texts[0]!r}")
     return Listing(
         class_names=class_names,
         paths=paths,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import h5py
 import keras
 
+from trainer import cli
 from trainer.errors import UserError
 from trainer.models import backbones
 from trainer.storage import files
@@ -143,9 +144,12 @@ def _with_weights(backbone: str, image_size: int, weights: str) -> keras.Model:
         except Exception as error:
             if "URL fetch failure" not in str(error):  # Keras raises a plain Exception, which only its text identifies
                 raise
+            url = re.search(r"https?://\S+?(?=:? )", str(error))
+            random = cli.this_command("--weights=none", "--head_epochs=0", "--epochs=30")
             raise UserError(
-                f"--weights=imagenet could not be downloaded ({' '.join(str(error).split())}): pass the path of a "
-                "weights file as --weights=PATH, or --weights=none to start from random weights."
+                f"--weights=imagenet could not be downloaded ({' '.join(str(error).split())}). Download "
+                f"{url[0] if url else 'the file'} on a machine that can, copy it here and pass --weights=PATH; or train from "
+                f"random weights, which needs thousands of images: {random}"
             ) from None
     model = backbones.create(backbone, image_size=image_size, weights=None)
     load_weights(model, weights, flag="--weights")

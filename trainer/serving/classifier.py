@@ -70,7 +70,11 @@ class Prediction:
 
 
 def check_model_dir(model_dir: str) -> None:
-    """Raises UserError if the folder holds neither a SavedModel nor a run."""
+    """Raises UserError if the folder does not exist, or holds neither a SavedModel nor a run."""
+    if not files.is_remote(model_dir) and not os.path.exists(model_dir):
+        raise UserError(
+            f"--model_dir={model_dir} does not exist: pass the saved_model folder of a run, or its job_dir."
+        )
     if not files.exists(_graph_path(model_dir)) and not files.exists(JobDir(model_dir).config):
         raise UserError(
             f"--model_dir={model_dir} holds neither saved_model.pb nor config.json: pass the saved_model folder of a run, "

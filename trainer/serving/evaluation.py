@@ -101,7 +101,7 @@ def evaluate(model_dir: str, labeled: LabeledFolder) -> Evaluation:
     unreadable = [BadFile(prediction.path, prediction.error) for prediction in predictions if prediction.error]
     bad_files = [*folder.bad_files, *unreadable]
     total = len(examples) + len(folder.bad_files)
-    file_checks.check_bad_fraction(len(bad_files), total, bad_files[:1], labeled.max_bad_fraction)
+    file_checks.check_bad_fraction(bad_files, total, labeled.max_bad_fraction, data_dir=labeled.data_dir)
     rows = [prediction.probabilities for prediction in predictions if prediction.probabilities is not None]
     is_novel = [prediction.is_novel for prediction in predictions if prediction.probabilities is not None]
     return Evaluation(
