@@ -58,6 +58,8 @@ TENSORFLOW_ENVIRONMENT = {
     "GCS_READ_CACHE_BLOCK_SIZE_MB": "4",
 }
 
+COLORS = {"red": 31, "green": 32, "yellow": 33}  # of ANSI terminals
+
 # Parts of the lines that TensorFlow 2.21 writes to stderr at any log level.
 STARTUP_CHATTER = (b"All log messages before absl::InitializeLog", b"oneDNN custom operations are on")
 
@@ -160,6 +162,13 @@ def shows_bars() -> bool:
     return sys.stderr.isatty() and not logs_json()
 
 
+def colored(text: str, color: str) -> str:
+    """The text in that color of COLORS, on a terminal on which https://no-color.org is not asked for."""
+    if not sys.stderr.isatty() or os.environ.get("NO_COLOR") or logs_json():
+        return text
+    return f"\x1b[{COLORS[color]}m{text}\x1b[0m"
+
+
 def memory_error(error: Exception) -> UserError | None:
     """What was too large, and what to try, if Python or TensorFlow could not allocate memory; else None."""
     # TensorFlow is not imported here. XLA raises an InternalError with this status in its text.
@@ -183,7 +192,7 @@ def print_error(error: Exception, *, hint: str = "") -> None:
     if logs_json():
         print(_json_line("ERROR", f"{text} {hint}".strip()), file=sys.stderr)
     else:
-        print(f"error: {text}\n{hint}".strip(), file=sys.stderr)
+        print(f"{colored('error:', 'red')} {text}\n{hint}".strip(), file=sys.stderr)
 
 
 def require(*names: str) -> None:
@@ -246,7 +255,8 @@ class _Lines(python_logging.Formatter):
     """`13:05:59 text`, with the level before the text of warnings and errors."""
 
     def format(self, record: python_logging.LogRecord) -> str:
-        level = "" if record.levelno <= python_logging.INFO else f"{record.levelname.lower()}: "
+        color = "red" if record.levelno >= python_logging.ERROR else "yellow"
+        level = "" if record.levelno <= python_logging.INFO else colored(f"{record.levelname.lower()}:", color) + " "
         return f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}"
 
 

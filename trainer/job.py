@@ -92,12 +92,8 @@ def run(prepared: PreparedJob) -> int:
         progress=ProgressReporter(shows_bars=cli.shows_bars(), last_stage=last_stage, cost=cost),
         images=_image_source(prepared, paths),
     )
-    logging.info(
-        f"Worker {cluster.index + 1} of {cluster.workers} ({cluster.source}); replicas over all workers: "
-        f"{machine.replicas}; devices here: {', '.join(machine.names)}; {precision}, because {precision_reason}; "
-        f"XLA {'on' if xla else 'off'}."
-    )
-    logging.info("Fine-tuning of the whole network: %d epochs (%s).", settings.epochs, prepared.epochs_reason)
+    for line in plan.summary(settings, prepared.split, resolved, worker=cluster.index):
+        logging.info("%s", line)
     sampler.log_imbalance(prepared.split.training.labels, prepared.folder.class_names, settings.class_weight)
     return _run_locked(job, finished)
 
@@ -150,7 +146,8 @@ def _lock(job: Job) -> contextlib.AbstractContextManager:
 
 def _train_and_export(job: Job, finished: FinishedRun) -> None:
     """Raises TrainingInterrupted after a signal. At the cost limit, it exports the best weights so far."""
-    network = _build_network(job)
+    with job.progress.phase("start"):
+        network = _build_network(job)
     if not job.prepared.is_split_final:
         try:
             job = _with_similar_together(job, network)
@@ -251,6 +248,8 @@ def _make_trainer(job: Job, network: Network) -> Trainer:
         ),
         callbacks=Callbacks(
             on_steps=job.progress.on_steps,
+            on_stage=job.progress.on_stage,
+            on_validation=job.progress.on_validation,
             stop_requested=job.stop_requested,
             job_seconds=job.cost.seconds,
             barrier=functools.partial(agreement.barrier, job.devices),
@@ -297,7 +296,11 @@ def _train(job: Job, inputs: StageInputs, trainer: Trainer, writer: ReportWriter
         for result in trainer.epochs(stage):
             job.images.check_bad_fraction()
             job.progress.on_epoch(
-                result.row, result.times, is_best=result.is_best, slow_input_advice=stage.slow_input_advice
+                result.row,
+                result.times,
+                is_best=result.is_best,
+                num_validated=result.num_validated,
+                slow_input_advice=stage.slow_input_advice,
             )
             if writer:
                 started = time.monotonic()

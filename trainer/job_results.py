@@ -56,7 +56,7 @@ def is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> b
         message = "The run in %s has reached its limit: it cost %.2f. To continue, raise --max_cost."
         logging.info(message, settings.job_dir, values["cost"])
     else:
-        logging.info("The run in %s is finished: val_accuracy %.4f.", settings.job_dir, values["val_accuracy"])
+        logging.info("The run in %s is finished.", settings.job_dir)
         last_files = [finished.paths.model_card, *finished.converted_paths]
         if is_chief and not all(
             files.exists(path) for path in last_files
@@ -110,11 +110,15 @@ def finish(
     is_stopped_by_cost: bool,
 ) -> None:
     """Exports the best weights and writes the last files of a run."""
-    features = job_stages.read_features(job.settings, inputs, feature_dir=job.feature_dir)
-    values = {**_metrics(job, trainer), **_review_images(job, inputs, features, trainer)}
-    best, exported = _export(job, finished, inputs, features, trainer)
+    phase = job.progress.phase
+    with phase("review", "Reviewing the labels and looking for images that are alike."):
+        features = job_stages.read_features(job.settings, inputs, feature_dir=job.feature_dir)
+        values = {**_metrics(job, trainer), **_review_images(job, inputs, features, trainer)}
+    with phase("export", "Exporting the best weights."):
+        best, exported = _export(job, finished, inputs, features, trainer)
     values |= exported
-    test, unreadable = evaluation.evaluate_test_set(finished, batch_size=job.settings.batch_size)
+    with phase("test", f"Classifying {len(finished.test)} test images." if len(finished.test) else ""):
+        test, unreadable = evaluation.evaluate_test_set(finished, batch_size=job.settings.batch_size)
     if unreadable:
         job.images.bad_files |= {bad.path: bad for bad in unreadable}
         job.paths.write_bad_files(job.images.bad_files.values())
@@ -123,19 +127,22 @@ def finish(
         values["test"] = test
     if is_stopped_by_cost:
         values["stopped_by_cost"] = True
-    heatmaps = gradcam.of_files(
-        best,
-        finished.data_dir,
-        run_record.read(finished.paths.root).shown_paths,
-        network_input=finished.network_input,
-    )
+    with phase("heatmaps", "Computing the heat maps of the report."):
+        heatmaps = gradcam.of_files(
+            best,
+            finished.data_dir,
+            run_record.read(finished.paths.root).shown_paths,
+            network_input=finished.network_input,
+        )
     job.paths.write_heatmaps(trainer.best.epoch, heatmaps)
     job.paths.write_times(trainer.state.times)
+    values["phase_seconds"] = {name: round(seconds, 1) for name, seconds in job.progress.phase_seconds.items()}
     values["seconds"] = round(job.cost.seconds(), 1)
     if job.settings.price_per_hour:
         values["cost"] = round(job.cost.total(), 4)
     job.paths.write_metrics(values)
-    writer.finish()
+    with phase("report", "Writing the report."):
+        writer.finish()
     _print_result(finished, values)
 
 
@@ -157,6 +164,7 @@ def _export(
     best = exporter.rebuild_best(finished, calibrated.temperature)
     is_frozen = trainer.state.history[trainer.best.epoch - 1]["stage"] == HEAD  # else the features are of other weights
     known = training_images.fit_novelty(best, inputs, features if is_frozen else None, data_dir=job.settings.data_dir)
+    logging.info("Writing the SavedModel, and comparing it with the network in memory.")
     differences = exporter.export_all(finished, best, trainer.best.is_readable, known)
     probabilities = calibration.apply(probabilities, calibrated.temperature)
     job.paths.write_predictions(examples, probabilities, job.class_names)
@@ -189,21 +197,28 @@ def _metrics(job: Job, trainer: Trainer) -> dict[str, Any]:
 def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
     name = finished.validation.paths[0]
     example = name if files.is_remote(name) else files.join(finished.data_dir, name)
-    test = "test accuracy {accuracy:.4f} ({low:.4f} to {high:.4f} with 95 % confidence, {images} images)"
-    arguments = shlex.join([f"--model_dir={finished.model_dir}", example])
+    model = shlex.quote(f"--model_dir={finished.model_dir}")
     lines = [
-        *([test.format(**values["test"])] if "test" in values else []),
-        f"val_accuracy {values['val_accuracy']:.4f} (epoch {values['best_epoch']}), "
-        f"{formatting.duration(values['seconds'])}",
+        *_describe_accuracies(values),
+        f"time:   {formatting.duration(values['seconds'])}",
         f"report: {finished.paths.report_page}",
         f"model:  {finished.model_dir}",
         *(f"        {path}" for path in finished.converted_paths),
-        f"try it: {cli.command('predict')} {arguments}",
+        f"try it: {cli.command('predict')} {model} {shlex.quote(example)}",
+        f"test:   {cli.command('evaluate')} {model} --data_dir=NEW_IMAGES --report_dir=evaluation",
+        f"serve:  {cli.command('serve')} {model}",
     ]
-    if estimate := values.get("cross_validated"):
-        low, high = estimate["low"], estimate["high"]
-        lines.insert(1, f"cross-validated accuracy {estimate['accuracy']:.4f} ({low:.4f} to {high:.4f} at 95 %)")
     print("\n".join(lines), flush=True)
+
+
+def _describe_accuracies(values: dict[str, Any]) -> list[str]:
+    """A line for each accuracy in metrics.json, the least optimistic first."""
+    validated = sum(row["support"] for row in values["per_class"].values())
+    counts = {f"validation accuracy, epoch {values['best_epoch']}": (values["val_accuracy"] * validated, validated)}
+    for name in ("cross_validated", "test"):
+        if estimate := values.get(name):
+            counts = {f"{name.replace('_', '-')} accuracy": (estimate["correct"], estimate["images"]), **counts}
+    return [f"{name}: {metrics.describe_accuracy(round(correct), total)}" for name, (correct, total) in counts.items()]
 
 
 def log_cost_limit(job: Job, *, has_model: bool) -> None:

@@ -124,7 +124,7 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
         settings = _with_earlier_flags(settings, fingerprint, split, folder.class_names)
         if is_writing:
             preflight.check_local_directory(settings.job_dir, flag="job_dir")
-        logging.info("Training and validation: %s.", origin)
+        logging.info("Images: %s.", _describe_images(folder, split, origin))
         stop = StopSignal(exit_code=cli.EXIT_STOPPED)
         cli.import_tensorflow()
         os.environ |= cluster.tensorflow_environment(this_worker)
@@ -150,6 +150,13 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
             is_split_final=settings.group_by != "similar" or recorded is not None,
         )
         return job.run(prepared)
+
+
+def _describe_images(folder: Folder, split: Split, origin: str) -> str:
+    purposes = zip(split, ("to train on", "to validate", "to test"), strict=True)
+    counts = ", ".join(f"{len(side)} {purpose}" for side, purpose in purposes if len(side))
+    left_out = f", {len(folder.bad_files)} bad files left out" if folder.bad_files else ""
+    return f"{counts}, of {len(folder.class_names)} classes{left_out} ({origin})"
 
 
 def _recorded_split(settings: Config, folder: Folder) -> Split | None:

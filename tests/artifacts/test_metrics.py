@@ -148,3 +148,12 @@ def test_the_curve_has_one_point_for_each_probability():
     precision, recall = metrics.precision_recall_curve([0.5, 0.9, 0.5], [1, 1, 0], support=4)
     assert precision.tolist() == [1, pytest.approx(2 / 3)]
     assert recall.tolist() == [0.25, 0.5]
+
+
+def test_an_accuracy_is_written_with_counts_interval_and_as_many_decimals_as_the_count_carries():
+    assert metrics.describe_accuracy(24, 24).replace("\u00a0", " ") == "24 of 24 correct: 100 % (95 %: 86 to 100 %)"
+    assert (
+        metrics.describe_accuracy(580, 600).replace("\u00a0", " ")
+        == "580 of 600 correct: 96.7 % (95 %: 94.9 to 97.8 %)"
+    )
+    assert metrics.describe_accuracy(2300, 2400).startswith("2,300 of 2,400 correct: 95.83\u00a0%")

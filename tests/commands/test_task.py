@@ -298,6 +298,8 @@ def test_a_finished_run_is_not_trained_again(finished, images):
     answer = run_command("trainer.task", f"--data_dir={images}", f"--job_dir={job_dir}", *FLAGS)
     assert answer.returncode == 0, answer.stderr
     assert "is finished" in answer.stderr
+    assert "validation accuracy, epoch " in answer.stdout
+    assert " of 7 correct: " in answer.stdout
     assert ((job_dir / "history.csv").read_bytes(), (job_dir / "best.weights.h5").stat().st_mtime_ns) == before
 
 
@@ -328,6 +330,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(images, tmp_path):
                  f"{tmp_path}/j/saved_model", "--learning_rate=0.001", "float32",
                  "in whole groups (--group_by=.+)"):  # fmt: skip
         assert text in answer.stdout
+    command = answer.stdout.splitlines()[-1]
+    assert command.startswith(f"start it: python -m trainer.task --data_dir={images} --job_dir={tmp_path / 'j'} ")
+    assert command.endswith("--dry_run --group_by=.+ --nodry_run")
     assert not (tmp_path / "j").exists()
 
 

@@ -197,7 +197,9 @@ def test_a_job_on_two_nodes_whose_chief_is_killed_equals_one_process(cluster, tm
         )  # fmt: skip
 
     job = submit(SEVERAL_NODES, "two")
-    cluster.wait_until(lambda: "epoch 2 (all)" in cluster.output(job), secs=300, what=lambda: cluster.output(job))
+    cluster.wait_until(
+        lambda: "    2  whole network" in cluster.output(job), secs=300, what=lambda: cluster.output(job)
+    )
     os.kill(find_task(job, node=0), signal.SIGKILL)
     cluster.wait_for(job, "Restarts", "1", secs=120)
     cluster.wait_for(job, "JobState", "COMPLETED", secs=300)

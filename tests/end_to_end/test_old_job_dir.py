@@ -51,7 +51,7 @@ def test_an_old_job_dir_resumes_to_the_end_it_would_have_had(old):
     answer = subprocess.run([sys.executable, TINY_JOB, *FLAGS], cwd=old, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert "Resuming from the checkpoint after epoch 4." in answer.stderr
-    assert "epoch 4 (all)" not in answer.stderr
+    assert "    4  whole network" not in answer.stderr
     resumed, expected = rows_of(old / "job" / "history.csv"), rows_of(old / "finished_history.csv")
     assert [row["stage"] for row in resumed] == ["head"] * 3 + ["all"] * 5
     for name in ("loss", "val_loss", "learning_rate"):  # another processor may round differently

@@ -51,7 +51,7 @@ def uninterrupted(images):
 def test_a_signal_writes_a_checkpoint_and_the_next_start_resumes(images, uninterrupted, tmp_path, number):
     job_dir = tmp_path / "job"
     process = start(images, job_dir)
-    wait_for(process, "epoch 10 (all)")
+    wait_for(process, "   10  whole network")
     process.send_signal(number)
     output = finish(process)
     assert process.returncode == 143, output
@@ -60,13 +60,13 @@ def test_a_signal_writes_a_checkpoint_and_the_next_start_resumes(images, uninter
     assert JobDir(str(job_dir)).read_metrics() is None
     output = run(images, job_dir)
     assert "Resuming from the checkpoint after epoch 1" in output
-    assert "epoch 1 (head)" not in output
+    assert "    1  head" not in output
     assert_same(uninterrupted, read_result(job_dir))
 
 
 def test_a_damaged_checkpoint_costs_one_epoch_and_changes_nothing(images, uninterrupted, tmp_path):
     process = start(images, tmp_path / "job")
-    wait_for(process, "epoch 12 (all)")
+    wait_for(process, "   12  whole network")
     process.kill()
     finish(process)
     newest = newest_checkpoint(tmp_path / "job")
@@ -78,14 +78,14 @@ def test_a_damaged_checkpoint_costs_one_epoch_and_changes_nothing(images, uninte
 def test_a_finished_run_continues_with_more_epochs(images, tmp_path):
     flags, job_dir = ["--lr_schedule=constant", "--early_stopping_patience=0"], tmp_path / "job"
     paths = JobDir(str(job_dir))
-    assert "epoch 10 (all)" in run(images, job_dir, *flags, "--epochs=2", "--profile_steps=2,4")
+    assert "   10  whole network" in run(images, job_dir, *flags, "--epochs=2", "--profile_steps=2,4")
     [profile] = pathlib.Path(paths.logs).rglob("*.xplane.pb")
     assert profile.stat().st_size > 10_000
     first_times = read_rows(paths.time)
     assert [row["stage"] for row in first_times] == ["head"] * 8 + ["all"] * 2
     output = run(images, job_dir, *flags, "--epochs=4")
-    assert "epoch 12 (all)" in output
-    assert "epoch 10 (all)" not in output
+    assert "   12  whole network" in output
+    assert "   10  whole network" not in output
     times, history = read_rows(paths.time), read_rows(paths.history)
     assert [row["epoch"] for row in times] == [str(number) for number in range(1, 13)]
     for before, after in zip(first_times, times, strict=False):
@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_halves_the_learning_rate(images, tmp_path):
 def test_a_job_dir_that_disappears_is_a_one_line_error(images, tmp_path):
     job_dir, moved = tmp_path / "job", tmp_path / "moved"
     process = start(images, job_dir, *ENDLESS)
-    wait_for(process, "epoch 10 (all)")
+    wait_for(process, "   10  whole network")
     job_dir.rename(moved)
     output = finish(process)
     assert process.returncode == 2, output
@@ -167,7 +167,7 @@ def test_resnet50_with_adam_is_saved_within_15_seconds_of_sigterm(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer.task", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    wait_for(process, "epoch 1 (all)")
+    wait_for(process, "    1  whole network")
     time.sleep(1)
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -180,7 +180,7 @@ def test_resnet50_with_adam_is_saved_within_15_seconds_of_sigterm(tmp_path):
 
 def test_on_a_full_disk_the_last_checkpoint_is_kept(images, tmp_path):
     process = start(images, tmp_path / "job", *ENDLESS)
-    wait_for(process, "epoch 10 (all)")
+    wait_for(process, "   10  whole network")
     process.kill()
     finish(process)
     newest = newest_checkpoint(tmp_path / "job")

@@ -10,7 +10,7 @@ from tests.support.images import write_images
 from tests.support.resumable_job import FITTED_HEAD, assert_same, read_result, run
 from trainer import formatting
 from trainer.artifacts.job_dir import JobDir
-from trainer.artifacts.metrics import validation_metrics
+from trainer.artifacts.metrics import describe_accuracy, validation_metrics
 from trainer.data.dataset import read_folder
 from trainer.serving.evaluation import LabeledFolder, evaluate
 
@@ -71,8 +71,7 @@ def test_the_test_block_is_the_evaluation_of_the_exported_model(images, trained)
     assert (test["accuracy"], test["per_class"]) == (expected["val_accuracy"], expected["per_class"])
     assert (test["images"], metrics["bad_images"]) == (17, 1)
     assert 'test/a/a_003.jpg,"cannot be decoded' in pathlib.Path(paths.bad_files).read_text()
-    shown = f"{test['accuracy']:.4f} ({test['low']:.4f} to {test['high']:.4f} with 95 % confidence, 17 images)"
-    assert f"test accuracy {shown}" in output
+    assert f"test accuracy: {describe_accuracy(test['correct'], 17)}" in output
     page = pathlib.Path(paths.report_page).read_text()
     assert f"<strong>{formatting.percent(test['accuracy'], 2)}</strong>" in page
     assert '<section id="test">' in page

@@ -75,7 +75,7 @@ def finished(images):
 def test_both_workers_log_the_same_epochs_and_the_chief_writes(finished):
     job_dir, (chief, worker) = finished
     paths = JobDir(str(job_dir))
-    assert "epoch 9 (all)" in chief
+    assert "    9  whole network" in chief
     assert "report:" in chief
     assert "report:" not in worker
     assert paths.read_metrics()["workers"] == 2
@@ -114,7 +114,7 @@ def test_a_fitted_head_is_that_of_one_process_on_both_workers(images, tmp_path):
 
 def test_a_signal_to_one_worker_stops_both_and_they_resume(finished, images, tmp_path):
     workers = start_workers(images, tmp_path / "job")
-    wait_for(workers[1], "epoch 12 (all)")
+    wait_for(workers[1], "   12  whole network")
     workers[1].send_signal(signal.SIGTERM)
     finish_workers(workers, exit_code=143)
     outputs = finish_workers(start_workers(images, tmp_path / "job"))
@@ -124,12 +124,12 @@ def test_a_signal_to_one_worker_stops_both_and_they_resume(finished, images, tmp
 
 def test_workers_resume_after_one_was_killed_or_stopped(finished, images, tmp_path):
     chief, worker = start_workers(images, tmp_path / "job")
-    wait_for(chief, "epoch 10 (all)")
+    wait_for(chief, "   10  whole network")
     chief.kill()
     assert_loses(worker, "worker 0")
     finish(chief)
     chief, worker = start_workers(images, tmp_path / "job", late_secs=10)
-    wait_for(chief, "epoch 12 (all)")
+    wait_for(chief, "   12  whole network")
     worker.send_signal(signal.SIGSTOP)
     assert_loses(chief, "worker 1")
     worker.send_signal(signal.SIGCONT)
@@ -169,7 +169,7 @@ def test_a_worker_with_other_flags_is_an_error_before_training(images, tmp_path)
 
 def test_a_run_of_two_workers_resumes_as_one_process(images, finished, tmp_path):
     workers = start_workers(images, tmp_path / "job")
-    wait_for(workers[0], "epoch 12 (all)")
+    wait_for(workers[0], "   12  whole network")
     workers[0].send_signal(signal.SIGTERM)
     finish_workers(workers, exit_code=143)
     resumable_job.run(images, tmp_path / "job")

@@ -8,6 +8,7 @@ from trainer.data.listing import BadFile
 from trainer.reporting import plan
 
 RESOLVED = {
+    "cluster": "TF_CONFIG",
     "split": "0.2 of each class",
     "replicas": 2,
     "workers": 1,
@@ -19,7 +20,7 @@ RESOLVED = {
 }
 
 
-def describe(num_classes=2, **settings):
+def split_of(num_classes: int) -> tuple[Folder, Split]:
     labels = np.repeat(np.arange(num_classes, dtype=np.int32), 10)
     paths = np.array([f"{index}.jpg" for index in range(len(labels))], object)
     examples = Examples(paths=paths, labels=labels, hashes=paths)
@@ -30,7 +31,11 @@ def describe(num_classes=2, **settings):
         bad_files=(BadFile("0/empty.jpg", "empty"),),
     )
     split = Split(training=examples.take(~is_validation), validation=examples.take(is_validation))
-    return plan.describe(Config(data_dir="images", job_dir="job", **settings), folder, split, RESOLVED)
+    return folder, split
+
+
+def describe(num_classes=2, **settings):
+    return plan.describe(Config(data_dir="images", job_dir="job", **settings), *split_of(num_classes), RESOLVED)
 
 
 def test_the_plan_has_images_steps_parameters_devices_and_flags():
@@ -40,8 +45,8 @@ def test_the_plan_has_images_steps_parameters_devices_and_flags():
         "'class 0': 8 + 2",
         "auto: no GPU",
         "logistic regression (on a very large folder 15 epochs) over 2048 features per image",
-        "2 epochs of 3 steps over images of 224 pixels",
-        "6 images over 2 replicas of 1 workers",
+        "network     2 epochs of 3 steps over images of 224 pixels",
+        "6 images over 2 replicas on 1 worker\n",
         "23,591,810 parameters",  # 23,587,712 of ResNet50 and 2 x 2,049 of the head
         "GPU:0, GPU:1; XLA off",
         "mixed_float16: GPU with float16 units",
@@ -49,6 +54,18 @@ def test_the_plan_has_images_steps_parameters_devices_and_flags():
     ):
         assert part in text
     assert "--weights" not in text
+
+
+def test_a_run_logs_the_plan_in_few_lines():
+    settings, split = Config(data_dir="images", job_dir="job", epochs=2, batch_size=6), split_of(2)[1]
+    assert plan.summary(settings, split, RESOLVED, worker=0) == [
+        "Training: the head, logistic regression, then the whole network, 2 epochs of 3 steps (no GPU).",
+        "Network: ResNet50, weights imagenet, 224 x 224 pixels, batches of 6 images.",
+        "Machine: GPU:0, GPU:1, mixed_float16 (GPU with float16 units), XLA off.",
+        "Output: job. After a stop, the same command resumes.",
+    ]
+    lines = plan.summary(settings, split, {**RESOLVED, "workers": 2}, worker=1)
+    assert lines[2].startswith("Machine: worker 2 of 2 (TF_CONFIG), 2 replicas on 2 workers, GPU:0, GPU:1, mixed")
 
 
 def test_a_flattened_head_has_features_of_every_cell():

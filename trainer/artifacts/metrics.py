@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer import formatting
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassificationMetrics:
@@ -104,6 +106,14 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     center = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     half_width = z * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5 / (1 + z**2 / total)
     return max(0.0, center - half_width), min(1.0, center + half_width)
+
+
+def describe_accuracy(correct: int, total: int) -> str:
+    """An accuracy for people, with its counts and Wilson's 95 % interval: `23 of 24 correct: 96 % (95 %: 80 to 99 %)`."""
+    low, high = (
+        formatting.share(bound * total, total).removesuffix("\u00a0%") for bound in wilson_interval(correct, total)
+    )
+    return f"{correct:,} of {total:,} correct: {formatting.share(correct, total)} (95 %: {low} to {high}\u00a0%)"
 
 
 def estimate(result: ClassificationMetrics) -> dict[str, Any]:

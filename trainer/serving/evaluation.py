@@ -18,6 +18,7 @@ from trainer.artifacts import run_record
 from trainer.artifacts.job_dir import PAGE_NAME, JobDir, write_class_names
 from trainer.artifacts.metrics import (
     Threshold,
+    describe_accuracy,
     metrics_of_test_set,
     threshold_for_precision,
     top_class,
@@ -130,11 +131,8 @@ def evaluate_test_set(run: FinishedRun, *, batch_size: int) -> tuple[dict[str, A
         return {}, evaluation.bad_files
     values = metrics_of_test_set(evaluation.examples.labels, evaluation.probabilities, run.class_names)
     logging.info(
-        "Test accuracy %.4f (95 %% interval %.4f to %.4f) on %d images that neither training nor a choice has used.",
-        values["accuracy"],
-        values["low"],
-        values["high"],
-        values["images"],
+        "Test accuracy: %s, of images that neither training nor a choice has used.",
+        describe_accuracy(values["correct"], values["images"]),
     )
     return values, evaluation.bad_files
 

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from trainer.artifacts.best_weights import BestEpoch
-from trainer.artifacts.metrics import classification_metrics, estimate
+from trainer.artifacts.metrics import classification_metrics, describe_accuracy, estimate
 from trainer.config import Config
 from trainer.data.dataset import Examples
 from trainer.training import head_solver
@@ -65,9 +65,8 @@ def review(settings: Config, inputs: StageInputs, features: ModelOutputs | None,
         result = dataclasses.replace(result, cross_validated=None)
     if headline := result.cross_validated:
         logging.info(
-            "Cross-validated accuracy: %.4f (%.4f to %.4f at 95 %%): of %d training and validation images %d are "
-            "classified correctly by a head that was fitted without them.",
-            *(headline[name] for name in ("accuracy", "low", "high", "images", "correct")),
+            "Cross-validated accuracy: %s, of training and validation images, by heads that were fitted without the image.",
+            describe_accuracy(headline["correct"], headline["images"]),
         )
     log_issues(result)
     return result

@@ -244,14 +244,19 @@ class TrainingLoop:
         return -(-self._batch_size // self._devices.replicas) * self._devices.replicas
 
     def logits(
-        self, batches: Iterable, plan: EpochPlan, *, stop_requested: Callable[[], StopReason] = interruption.never
+        self,
+        batches: Iterable,
+        plan: EpochPlan,
+        *,
+        on_batch: Callable[[ModelOutputs], None] = lambda outputs: None,
+        stop_requested: Callable[[], StopReason] = interruption.never,
     ) -> ModelOutputs:
         """Logits float32 [N, C] of one pass, on all replicas. Raises TrainingInterrupted as run_inference does."""
         if self._infer is None:  # traced once, not once per epoch
             self._infer = make_inference(self._inference_network(), self._devices)
         elif self._folded:
             folded.refresh(self._folded, self.backbone)
-        return run_inference(self._infer, batches, plan, stop_requested=stop_requested)
+        return run_inference(self._infer, batches, plan, on_batch=on_batch, stop_requested=stop_requested)
 
     def _inference_network(self) -> Callable[[tf.Tensor], tf.Tensor]:
         """The function of a batch -> logits, with the backbone folded."""

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from trainer import formatting
 from trainer.artifacts.metrics import mcnemar_test
 from trainer.data import input_pipeline, sampler
 from trainer.data.dataset import Split
@@ -117,14 +118,15 @@ def cached_features(
     """
     images = inputs.images
     logging.info("Features of %d images: read from %s, or computed and kept there.", len(images.paths), feature_dir)
-    outputs = feature_cache.load_or_compute(
-        feature_dir,
-        _feature_name(inputs, feature_source),
-        len(images.paths),
-        _feature_function(inputs, batch_times),
-        is_chief=inputs.is_chief,
-        devices=inputs.devices,
-    )
+    with inputs.progress.phase("features"):
+        outputs = feature_cache.load_or_compute(
+            feature_dir,
+            _feature_name(inputs, feature_source),
+            len(images.paths),
+            _feature_function(inputs, batch_times),
+            is_chief=inputs.is_chief,
+            devices=inputs.devices,
+        )
     images.record_unreadable(images.paths[~outputs.is_readable])
     images.check_bad_fraction()
     return outputs
@@ -147,6 +149,7 @@ def _head_fit(inputs: StageInputs, features: ModelOutputs) -> Callable[[], Epoch
     values, labels = features.values[features.is_readable], labels[features.is_readable]
 
     def fit() -> EpochTotals:
+        logging.info("Fitting the head to the features of %d training images.", len(values))
         started = time.monotonic()
         num_classes, packed = len(inputs.class_weights), None
         if inputs.is_chief:
@@ -183,7 +186,9 @@ def _log_head_fit(solution: HeadFit, shape: tuple[int, ...]) -> None:
         shape[0],
         shape[1],
         solution.inverse_regularization,
-        "" if accuracy is None else f" by cross-validation, cross-validated accuracy {accuracy:.4f}",
+        ""
+        if accuracy is None
+        else f" by cross-validation, cross-validated accuracy {formatting.share(accuracy * shape[0], shape[0])}",
     )
 
 
@@ -240,17 +245,29 @@ def flips_keep_labels(inputs: StageInputs, probabilities: np.ndarray) -> bool:
     with inputs.devices.strategy.scope():
         inference = folded.fold(backbone)
     infer = make_inference(lambda x: head(inference(x[:, :, ::-1], training=False), training=False), inputs.devices)
-    outputs = run_inference(infer, batches, plan, stop_requested=inputs.stop_requested)
+    with (
+        inputs.progress.phase(
+            "flips", "Classifying flipped validation images: do left and right matter to the labels?"
+        ),
+        inputs.progress.bar("flipped images", len(labels)) as bar,
+    ):
+        outputs = run_inference(
+            infer,
+            batches,
+            plan,
+            on_batch=lambda outputs: bar.update(len(outputs.values)),
+            stop_requested=inputs.stop_requested,
+        )
     as_is, flipped = (
         (values.argmax(axis=1) == labels)[outputs.is_readable] for values in (probabilities, outputs.values)
     )
     comparison = mcnemar_test(as_is, flipped)
     keep = comparison.difference > -MIN_FLIP_LOSS or comparison.p_value > MAX_FLIP_P_VALUE
     logging.info(
-        "Of %d validation images the head classifies %.1f %% correctly, flipped left to right %.1f %%: augmentation %s.",
+        "Of %d validation images the head classifies %d correctly, flipped left to right %d: augmentation %s.",
         len(flipped),
-        100 * as_is.mean(),
-        100 * flipped.mean(),
+        as_is.sum(),
+        flipped.sum(),
         "flips images" if keep else "does not flip images, because left and right matter to the labels",
     )
     return keep

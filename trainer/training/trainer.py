@@ -18,7 +18,7 @@ from trainer.data.sampler import EpochPlan
 from trainer.errors import UserError
 from trainer.models.networks import Network
 from trainer.training import checkpoint
-from trainer.training.inference import Validation, evaluate_logits
+from trainer.training.inference import ModelOutputs, Validation, evaluate_logits
 from trainer.training.interruption import StopReason, TrainingInterrupted
 from trainer.training.loop import EpochTotals, NonFiniteLossError, ProfileRange, TrainingLoop, train_epoch
 
@@ -53,6 +53,7 @@ class EpochResult:
     row: dict[str, Any]
     times: dict[str, Any]
     is_best: bool
+    num_validated: int  # images that could be read
 
 
 @dataclasses.dataclass
@@ -100,6 +101,8 @@ class Callbacks:
     on_steps: Callable[[str, int, int, int, EpochTotals], None]  # stage, epoch, epochs left, steps, totals
     stop_requested: Callable[[], StopReason]
     job_seconds: Callable[[], float]  # of the whole job so far
+    on_stage: Callable[[str, int, int], None] = lambda stage, epochs, steps: None
+    on_validation: Callable[[int, int], None] = lambda done, total: None  # images
     barrier: Callable[[], None] = lambda: None  # returns when all workers have called it
 
 
@@ -121,6 +124,7 @@ class Trainer:
         self._labels, self._options, self._callbacks = validation_labels, options, callbacks
         self._writer = checkpoint.CheckpointWriter(paths)
         self._saved_at = time.monotonic()
+        self._announced = ""  # the stage that on_stage has reported
         # Of the checkpoint to resume from, until _make_loop restores them.
         self._arrays: dict[str, np.ndarray] = {}
         # Of the head stage: small enough to be part of each checkpoint.
@@ -207,12 +211,15 @@ class Trainer:
         self.save(loop)
         times["saving_seconds"] += state.saving_seconds  # of this checkpoint, which cannot contain its own duration
         state.saving_seconds = 0.0
-        return EpochResult(row, times, is_best)
+        return EpochResult(row, times, is_best, num_validated=int(validation.is_readable.sum()))
 
     def _train_steps(self, stage: Stage, loop: TrainingLoop, number: int) -> EpochTotals:
         """The remaining steps of the epoch `number`, with checkpoints in between."""
         state = self.state
         plan, batches = stage.training_batches(state.stage_epochs, state.totals.steps)
+        if self._announced != stage.name:
+            self._announced = stage.name
+            self._callbacks.on_stage(stage.name, stage.epochs, plan.steps)
 
         def after_steps(totals: EpochTotals, is_stopped: bool) -> None:
             state.totals = totals
@@ -233,7 +240,15 @@ class Trainer:
 
     def _validate(self, stage: Stage, loop: TrainingLoop) -> Validation:
         plan, batches = stage.validation_batches()
-        outputs = loop.logits(batches, plan, stop_requested=self._callbacks.stop_requested)
+        done, total, report = 0, int(plan.weight.sum()), self._callbacks.on_validation
+
+        def on_batch(outputs: ModelOutputs) -> None:
+            nonlocal done
+            done += len(outputs.values)
+            report(done, total)
+
+        report(0, total)
+        outputs = loop.logits(batches, plan, on_batch=on_batch, stop_requested=self._callbacks.stop_requested)
         return evaluate_logits(outputs, self._labels, self._options.label_smoothing)
 
     def _keep_best(self, stage: Stage, reached: BestEpoch) -> None:
