@@ -1,7 +1,8 @@
 """Inspects every image of a folder before training, and reports problems.
 
     python -m trainer.inspect_data --data_dir=images
-    python -m trainer.inspect_data --data_dir=images --fix=list.txt && xargs -d '\\n' rm -- < list.txt
+    python -m trainer.inspect_data --data_dir=images --fix=removed
+        moves bad files, and all copies of an image but one, to the folder removed, from where they can be moved back
     python -m trainer.inspect_data --data_dir=images --weights=imagenet
 
 Reports classes, sizes, formats, unreadable files with their reasons, exact duplicates within a class and under two
@@ -12,6 +13,7 @@ if there is a problem.
 """
 
 import os
+import shutil
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,8 +53,8 @@ def define_flags() -> None:
     flags.DEFINE_string("labels", "", "File of paths and labels, in place of folders per class, as in trainer.task.")
     flags.DEFINE_string("data_dir", "", "Folder with one sub-folder of images per class, local or gs://; or tfds:NAME.")
     flags.DEFINE_string("output_dir", "inspection", "Folder for inspect.json, inspect.html and sizes.png.")
-    flags.DEFINE_string("fix", "", "File for the paths to remove, one per line: bad files, all copies but the first, "
-                        "and all files whose content has two labels.")  # fmt: skip
+    flags.DEFINE_string("fix", "", "Folder to which bad files, and all files of equal content but the first, are moved; or a "
+                        "file *.txt, to which their paths are written, one per line.")  # fmt: skip
     flags.DEFINE_string(
         "weights", "", "Weights of a ResNet50, to list labels that are likely wrong: imagenet, or a path."
     )
@@ -76,6 +78,8 @@ def main(arguments: list[str]) -> int:
     data_dir = label_file.data_dir_for(labels, data_dir)
     if weights == "none" or (weights not in ("", "imagenet") and not files.exists(weights)):
         raise UserError(f"--weights={weights} is not a file: pass imagenet, or the path of the weights of a ResNet50.")
+    if fix and not fix.endswith(".txt"):
+        _check_fix_folder(data_dir, fix)
     started = time.monotonic()
     with tfds.as_folder(data_dir) as directory:
         result = inspection.inspect(directory, progress=sys.stderr.isatty(), labels_file=labels)
@@ -84,8 +88,10 @@ def main(arguments: list[str]) -> int:
         review = _review_labels(result, directory, weights, image_size) if weights else None
         _write(result, problems, review, directory, output_dir)
     if fix:
-        _write_fix(result, data_dir, fix)
+        (_write_fix if fix.endswith(".txt") else _move_to)(result, data_dir, fix)
     print("\n".join(_lines(result, problems, data_dir) + _label_lines(result, review, weights)))
+    if result.to_remove() and not fix and not labels:
+        print(f"to move {len(result.to_remove())} bad files and copies away: {cli.this_command('--fix=removed')}")
     num_files = len(result.inspected)
     logging.info("%d files in %.1f s, %.0f per second.", num_files, seconds, num_files / seconds)
     print(f"page: {files.join(output_dir, 'inspect.html')}")
@@ -260,6 +266,37 @@ def _write_fix(result: Inspection, data_dir: str, path: str) -> None:
     logging.info("%s lists %d files to remove.", path, len(listed))
     for name in sorted(set(removable) - set(listed)):
         logging.warning("%r cannot be listed in %s: remove it by hand.", name, path)
+
+
+def _check_fix_folder(data_dir: str, folder: str) -> None:
+    """Raises UserError unless files can be moved from `data_dir` to a folder outside of it."""
+    if files.is_remote(data_dir) or files.is_remote(folder) or data_dir.startswith("tfds:"):
+        raise UserError(
+            f"--fix={folder} moves files of a local folder to another one: pass --fix=list.txt for their list."
+        )
+    if os.path.commonpath([os.path.realpath(data_dir), os.path.realpath(folder)]) == os.path.realpath(data_dir):
+        raise UserError(
+            f"--fix={folder} is inside of --data_dir={data_dir}, as a class is: pass a folder outside of it."
+        )
+
+
+def _move_to(result: Inspection, data_dir: str, folder: str) -> None:
+    """Moves the files to remove to `folder`, each to the path that it has in `data_dir`; never over another file."""
+    moved = 0
+    for file in result.to_remove():
+        path = listing.join(data_dir, file.path)
+        target = os.path.join(folder, listing.unescape_name(file.path))
+        if not _is_file(path) or os.path.lexists(target):
+            logging.warning("%r is not moved: it is a folder, or %s exists.", path, target)
+            continue
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.move(path, target)
+        moved += 1
+    logging.info("%d files were moved to %s.", moved, folder)
+    for group in result.two_label_duplicates:
+        kept = group[0]
+        others = sorted({file.class_name for file in group} - {kept.class_name})
+        logging.warning("%r is kept; its copy was under %s: check its label.", kept.path, ", ".join(map(repr, others)))
 
 
 def _is_file(path: str) -> bool:

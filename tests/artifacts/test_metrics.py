@@ -6,6 +6,7 @@ import statistics
 
 import numpy as np
 import pytest
+import sklearn.metrics
 
 from trainer.artifacts import metrics
 from trainer.artifacts.metrics import (
@@ -157,3 +158,17 @@ def test_an_accuracy_is_written_with_counts_interval_and_as_many_decimals_as_the
         == "580 of 600 correct: 96.7 % (95 %: 94.9 to 97.8 %)"
     )
     assert metrics.describe_accuracy(2300, 2400).startswith("2,300 of 2,400 correct: 95.83\u00a0%")
+
+
+def test_the_probability_metrics_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    labels, probabilities = rng.integers(0, 6, 200), rng.dirichlet(np.ones(6), 200).astype(np.float32)
+    found = metrics.probability_metrics(labels, probabilities)
+    assert found["log_loss"] == pytest.approx(sklearn.metrics.log_loss(labels, probabilities), rel=1e-4)
+    assert metrics.probability_metrics(labels[:1], probabilities[:1])["roc_auc"] is None
+    areas = [sklearn.metrics.roc_auc_score(labels == label, probabilities[:, label]) for label in range(6)]
+    assert found["roc_auc"] == pytest.approx(np.mean(areas))
+    for k in (3, 5):
+        assert found["top_k_accuracy"][str(k)] == pytest.approx(
+            sklearn.metrics.top_k_accuracy_score(labels, probabilities, k=k)
+        )

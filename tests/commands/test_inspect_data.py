@@ -1,5 +1,6 @@
 """The command reports every kind of problem in a folder, and none in a folder without problems."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,9 @@ from PIL import Image
 from tests.support import corpus, paths
 from tests.support.images import write_images
 from tests.support.processes import run_command
+from trainer import inspect_data
 from trainer.data import inspection
+from trainer.data.inspection import InspectedFile, Inspection
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +87,46 @@ def test_strict_exits_with_1_and_prints_the_problems(inspected):
 def test_the_fix_list_removes_bad_files_and_duplicates(inspected, tmp_path):
     data = shutil.copytree(inspected[0], tmp_path / "data")
     listed = (inspected[0].parent / "list.txt").read_text().splitlines()
-    assert len(listed) == 4 + 1 + 2
+    assert len(listed) == 4 + 1 + 1  # of two equal files, one stays
     for path in listed:
         (data / path.removeprefix(f"{inspected[0]}/")).unlink()
     result = inspection.inspect(str(data), threads=1)
     assert (result.bad, result.same_label_duplicates, result.two_label_duplicates) == ([], [], [])
+
+
+def test_fix_moves_bad_files_and_copies_to_a_folder_and_keeps_one_of_each(tmp_path, caplog):
+    names = ["cat/1.jpg", "cat/copy.jpg", "cat/bad.jpg", "cat/taken.jpg", "dog/also.jpg"]
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text(name)
+    (tmp_path / "removed" / "cat").mkdir(parents=True)
+    (tmp_path / "removed" / "cat" / "taken.jpg").write_text("an earlier file")
+    first, copy, bad, taken, also = (InspectedFile(name, name[:3], "") for name in names)
+    bad, taken = (dataclasses.replace(file, reason="empty file") for file in (bad, taken))
+    result = Inspection(
+        class_names=("cat", "dog"),
+        notes=(),
+        inspected=[first, copy, bad, taken, also],
+        same_label_duplicates=[],
+        two_label_duplicates=[[first, copy, also]],
+        near_duplicates=[],
+        two_label_near_duplicates=[],
+        leaks=[],
+    )
+    inspect_data._move_to(result, str(tmp_path / "data"), str(tmp_path / "removed"))
+    left = sorted(path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.jpg"))
+    assert left == ["cat/1.jpg", "cat/taken.jpg"]
+    assert (tmp_path / "removed" / "dog" / "also.jpg").read_text() == "dog/also.jpg"
+    assert (tmp_path / "removed" / "cat" / "taken.jpg").read_text() == "an earlier file"
+    assert "'cat/1.jpg' is kept; its copy was under 'dog': check its label." in caplog.text
+
+
+@pytest.mark.parametrize("fix", ["{data}/removed", "gs://bucket/removed"])
+def test_fix_needs_a_local_folder_outside_of_the_images(fix, tmp_path):
+    fix = fix.format(data=tmp_path)
+    process = run_command("trainer.inspect_data", f"--data_dir={tmp_path}", f"--fix={fix}")
+    assert process.returncode == 2
+    assert f"error: --fix={fix} " in process.stderr
 
 
 def test_the_page_contains_its_images_and_escapes_names(inspected):

@@ -22,6 +22,7 @@ import requests
 from PIL import Image
 from playwright import sync_api
 
+import trainer
 from tests.support import browser, slow_images, soak
 from tests.support.paths import ROOT
 from tests.support.processes import run_command
@@ -180,6 +181,7 @@ def test_concurrent_requests_are_answered_in_bounded_memory(server):
         peak = max(clients.map(send, range(200)))
     assert peak - before < 100 * 2**20
     health = server.request("GET", "/health")
+    model = health.value.pop("model")
     assert health.value == {
         "status": "ready",
         "class_names": list(CLASS_NAMES),
@@ -187,6 +189,8 @@ def test_concurrent_requests_are_answered_in_bounded_memory(server):
         "resize": "stretch",
         "accuracy": None,
     }
+    assert model["picture_trainer"] == trainer.__version__
+    assert len(model["sha256_of_variables"]) == 64
 
 
 @pytest.mark.slow

@@ -159,6 +159,9 @@ def test_a_run_writes_the_documented_files(finished):
             assert image.width >= 400
             assert len(np.unique(np.asarray(image.convert("L")))) > 5, f"{name} is blank"
     assert (job_dir / "report" / "index.html").exists()
+    handed_over = job_dir / "saved_model" / "assets.extra"
+    assert {path.name for path in handed_over.iterdir()} == {"model.json", "metrics.json", "model_card.md"}
+    assert (handed_over / "metrics.json").read_bytes() == (job_dir / "metrics.json").read_bytes()
     assert (job_dir / "labels.txt").read_text() == f"{ODD}\ncat\nit's\n"
 
 

@@ -95,6 +95,7 @@ def test_errors_are_json_with_retry_after_where_a_retry_may_help(decoders):
         assert (await send(application, "GET", "/health")).json() == {
             "status": "ready",
             "class_names": ["cat", "dog"],
+            "model": {},
             "explains": False,
             "resize": "stretch",
             "accuracy": None,

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 
+import numpy as np
 import pytest
 
 from tests.support.resumable_job import read_rows
 from tests.support.tiny_model import make_image
-from trainer.data.dataset import read_folder
+from trainer.artifacts.job_dir import JobDir
+from trainer.data.dataset import Split, read_folder
 from trainer.serving import evaluation
 from trainer.serving.evaluation import LabeledFolder
 
@@ -59,3 +62,29 @@ def test_the_threshold_leaves_as_many_answers_as_have_the_precision(labeled, tin
     page = (tmp_path / "index.html").read_text()
     assert f"answer from a probability of <b>{found['all']['threshold']:.4f}</b> on" in page
     assert f"Precision 0.95, all images: from a probability of {found['all']['threshold']:.4f} on" in caplog.text
+
+
+def test_the_probabilities_are_measured_and_images_that_were_trained_on_are_counted(
+    labeled, tiny_model_dir, tmp_path, caplog
+):
+    job_dir = tmp_path / "job"
+    shutil.copytree(tiny_model_dir, job_dir / "saved_model")
+    examples = labeled.folder.examples
+    split = Split(training=examples.take(np.arange(8)), validation=examples.take(np.arange(8, 12)))
+    JobDir(str(job_dir)).write_split(split, labeled.folder.class_names)
+    with caplog.at_level("INFO", logger="absl"):
+        evaluation.evaluate_and_report([str(job_dir / "saved_model")], labeled, str(tmp_path / "r"))
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    others = {
+        row["path"]: row["label"] == row["predicted"] for row in read_rows(str(tmp_path / "r" / "predictions.csv"))
+    }
+    others = [others[path] for path in examples.paths[8:]]
+    assert metrics["trained_on"] == {"images": 8, "others": 4, "correct_of_others": sum(others)}
+    assert (
+        f"8 of these 12 images were trained on, so the accuracy says little about new images. On the others: {sum(others)}"
+        " of 4 correct" in caplog.text
+    )
+    assert 0 < metrics["log_loss"] < 2
+    assert 0.5 < metrics["roc_auc"] < 1
+    assert 0 < metrics["expected_calibration_error"] < 0.5
+    assert metrics["top_k_accuracy"] == {}  # there are three classes

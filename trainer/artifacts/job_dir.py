@@ -61,6 +61,7 @@ FLAGS_OF_A_RUN = (
     "head_learning_rate",
     "learning_rate",
 )
+EXTRA_DIR = "assets.extra"  # of a SavedModel: files about it, which TensorFlow ignores
 DEFAULT_NAME = "demo_job"  # the job_dir of a run without --data_dir and --job_dir
 
 

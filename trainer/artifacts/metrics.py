@@ -77,6 +77,32 @@ def validation_metrics(labels: np.ndarray, probabilities: np.ndarray, class_name
     }
 
 
+TOP_K = (3, 5)
+
+
+def probability_metrics(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """What the probabilities are worth, as JSON values: labels int [N], probabilities float32 [N, C], N > 0.
+
+    `roc_auc` is the mean over the classes of the area under the ROC curve, one class against the rest (Hand and Till, 2001,
+    section 2); None unless there are images of two classes. `top_k_accuracy` has the TOP_K below C.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    of_label = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    predicted, top = top_class(probabilities)
+    rank = (probabilities > of_label[:, None].astype(probabilities.dtype)).sum(
+        axis=1
+    )  # 0: the label is the most probable
+    present = np.unique(labels)
+    areas = [roc_auc_score(labels == label, probabilities[:, label]) for label in present] if len(present) > 1 else []
+    return {
+        "log_loss": float(-np.log(np.maximum(of_label, np.finfo(np.float32).tiny)).mean()),
+        "expected_calibration_error": expected_calibration_error(top, predicted == labels),
+        "roc_auc": float(np.mean(areas)) if areas else None,
+        "top_k_accuracy": {str(k): float((rank < k).mean()) for k in TOP_K if k < probabilities.shape[1]},
+    }
+
+
 def metrics_of_test_set(labels: np.ndarray, probabilities: np.ndarray, class_names: tuple[str, ...]) -> dict[str, Any]:
     """The block `test` of metrics.json: labels int [N], probabilities float32 [N, C], N > 0; a 95 % Wilson interval."""
     metrics = classification_metrics(labels, top_class(probabilities)[0], len(class_names))

@@ -129,10 +129,9 @@ class Inspection:
         return max(counts) > IMBALANCE_RATIO * min(counts)
 
     def to_remove(self) -> list[InspectedFile]:
-        """Bad files, all but the first of equal files in a class, and all equal files with two labels."""
-        copies = [file for group in self.same_label_duplicates for file in group[1:]]
-        contradictions = [file for group in self.two_label_duplicates for file in group]
-        return sorted({*self.bad, *copies, *contradictions}, key=lambda file: file.path)
+        """Bad files, and all but the first of equal files: the first one is kept, whatever its label."""
+        copies = [file for group in self.same_label_duplicates + self.two_label_duplicates for file in group[1:]]
+        return sorted({*self.bad, *copies}, key=lambda file: file.path)
 
 
 def inspect(data_dir: str, *, progress: bool = False, threads: int | None = None, labels_file: str = "") -> Inspection:

@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 
 from trainer.artifacts import run_record
-from trainer.artifacts.job_dir import JobDir
+from trainer.artifacts.job_dir import EXTRA_DIR, JobDir
 from trainer.artifacts.metrics import wilson_interval
 from trainer.artifacts.run_record import RunRecord
 from trainer.reporting import html
@@ -18,9 +18,17 @@ TO_FILL_IN = "**TO FILL IN**"
 
 
 def write(job_dir: str) -> None:
-    """Writes model_card.md of a finished run. Keeps a card in which somebody has filled in a field."""
-    path = JobDir(job_dir).model_card
-    text = _text(run_record.read(job_dir))
+    """Writes model_card.md of a finished run, and with metrics.json into the SavedModel, which may be handed over alone.
+
+    Keeps a card in which somebody has filled in a field.
+    """
+    paths, run = JobDir(job_dir), run_record.read(job_dir)
+    path, text = paths.model_card, _text(run)
+    if files.exists(run.model_dir):
+        extra = files.join(run.model_dir, EXTRA_DIR)
+        files.make_directory(extra)
+        files.atomic_write(files.join(extra, "model_card.md"), text)
+        files.write_json(files.join(extra, "metrics.json"), run.metrics)
     existing = files.read(path)
     if existing and existing.decode("utf-8", errors="replace").count(TO_FILL_IN) < text.count(TO_FILL_IN):
         logging.warning("%s has been filled in and is kept; rename it to write a new one.", path)

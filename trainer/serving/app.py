@@ -204,6 +204,7 @@ class ServingApp:
                 "explains": classifier.explain is not None,
                 "resize": classifier.resize,
                 "accuracy": classifier.accuracy,
+                "model": classifier.about,
             }
         )
 

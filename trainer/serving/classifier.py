@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.artifacts import run_record
-from trainer.artifacts.job_dir import FLAGS_OF_A_MODEL, JobDir
+from trainer.artifacts.job_dir import EXTRA_DIR, FLAGS_OF_A_MODEL, JobDir
 from trainer.artifacts.metrics import top_class
 from trainer.config import DEFAULTS
 from trainer.data import formats
@@ -48,6 +48,7 @@ class Classifier:
     resize: str = DEFAULTS["resize"]
     image_size: int = 0
     accuracy: dict[str, Any] | None = None
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)  # which model this is, as the health route says it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,7 +155,18 @@ def _load_saved_model(model_dir: str) -> Classifier:
         explain=functools.partial(call, "explain") if "explain" in model.signatures else None,
         resize=resize,
         image_size=image_size,
+        about=_about(model_dir),
     )
+
+
+def _about(model_dir: str) -> dict[str, Any]:
+    """The checksum of the weights, the version and the accuracy of a SavedModel; {} of one of an earlier version."""
+    extra = files.join(model_dir, EXTRA_DIR)
+    identity, metrics = (
+        files.read_json_object(files.join(extra, name)) or {} for name in ("model.json", "metrics.json")
+    )
+    names = ("val_accuracy", "validation_images", "train_images")
+    return identity | {name: metrics[name] for name in names if name in metrics}
 
 
 def _network_input_of(signatures: Mapping[str, Any]) -> tuple[int, str]:

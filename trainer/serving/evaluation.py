@@ -3,8 +3,10 @@
 Shapes: N images that the model can read, C classes, [h, w] a heat map.
 """
 
+import csv
 import dataclasses
 import functools
+import io
 import platform
 import sys
 import time
@@ -20,6 +22,7 @@ from trainer.artifacts.metrics import (
     Threshold,
     describe_accuracy,
     metrics_of_test_set,
+    probability_metrics,
     threshold_for_precision,
     top_class,
     validation_metrics,
@@ -149,25 +152,47 @@ def _evaluate_and_report_one(model_dir: str, labeled: LabeledFolder, report_dir:
     paths.write_predictions(evaluation.examples, evaluation.probabilities, class_names)
     metrics = {
         **validation_metrics(evaluation.examples.labels, evaluation.probabilities, class_names),
+        **probability_metrics(evaluation.examples.labels, evaluation.probabilities),
         "validation_images": len(evaluation.examples),
         "bad_images": len(evaluation.bad_files),
         "seconds": round(time.monotonic() - started, 1),
     }
     if evaluation.is_novel is not None:
         metrics["novelty"] = _refused(evaluation, evaluation.is_novel)
+    if trained_on := _trained_on(model_dir, evaluation):
+        metrics["trained_on"] = trained_on
     if labeled.min_precision:
         metrics["min_precision"] = _thresholds(evaluation, labeled.min_precision)
     paths.write_metrics(metrics)
     shown_paths = run_record.read(report_dir).shown_paths
     paths.write_heatmaps(None, _heatmaps(evaluation.classifier, labeled.data_dir, shown_paths))
     report.write(report_dir, report_dir=report_dir)
-    logging.info(
-        "%s: accuracy %.4f on %d images: %s",
-        model_dir,
-        metrics["val_accuracy"],
-        len(evaluation.examples),
-        files.join(report_dir, PAGE_NAME),
+    is_correct = evaluation.probabilities.argmax(axis=1) == evaluation.examples.labels
+    accuracy = describe_accuracy(int(is_correct.sum()), len(is_correct))
+    logging.info("%s: %s; report: %s", model_dir, accuracy, files.join(report_dir, PAGE_NAME))
+
+
+def _trained_on(model_dir: str, evaluation: Evaluation) -> dict[str, Any]:
+    """How many of the images are training images of the model, by content, and the accuracy on the others.
+
+    {} if none is, or if the split.csv of the run is neither in `model_dir` nor in the folder above it, where a job has it.
+    """
+    places = [model_dir, model_dir.rstrip("/").rpartition("/")[0]]
+    split_csv = next(filter(None, (files.read(JobDir(place).split) for place in places)), b"")
+    rows = csv.DictReader(io.StringIO(split_csv.decode("utf-8", errors="replace")))
+    hashes = {row.get("content_hash") for row in rows if row.get("split") == "training"}
+    is_known = np.array([content_hash in hashes for content_hash in evaluation.examples.hashes], bool)
+    if not is_known.any():
+        return {}
+    is_correct = (evaluation.probabilities.argmax(axis=1) == evaluation.examples.labels)[~is_known]
+    others = describe_accuracy(int(is_correct.sum()), len(is_correct)) if len(is_correct) else "there are none"
+    logging.warning(
+        "%d of these %d images were trained on, so the accuracy says little about new images. On the others: %s.",
+        is_known.sum(),
+        len(is_known),
+        others,
     )
+    return {"images": int(is_known.sum()), "others": len(is_correct), "correct_of_others": int(is_correct.sum())}
 
 
 def _refused(evaluation: Evaluation, is_novel: np.ndarray) -> dict[str, Any]:

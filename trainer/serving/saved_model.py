@@ -17,11 +17,16 @@ Shapes: B images of a request, h x w their pixels, S pixels to a side of the net
 """
 
 import dataclasses
+import datetime
+import hashlib
+import pathlib
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
+import trainer
+from trainer.artifacts.job_dir import EXTRA_DIR
 from trainer.data.preprocessing import NetworkInput, decode_image, preprocess, resize
 from trainer.models import gradcam, novelty
 from trainer.models.networks import Network
@@ -161,6 +166,7 @@ def save(
         logging.set_verbosity(min(verbosity, logging.WARNING))  # TensorFlow logs the duration of each part
         tf.saved_model.save(module, temporary, signatures=signatures)
         logging.set_verbosity(verbosity)
+        _write_identity(temporary)
         served = tf.saved_model.load(temporary).signatures
         contents = tf.constant(reference.encoded)
         outputs = {
@@ -172,6 +178,25 @@ def save(
             check_parity(f"The SavedModel's signature {name}", output["probabilities"].numpy(), reference.expected)
             for name, output in outputs.items()
         )
+
+
+def _write_identity(directory: str) -> None:
+    """Writes assets.extra/model.json: which model this is. TensorFlow ignores that folder, whose name it reserves for others.
+
+    Source: https://github.com/tensorflow/tensorflow/blob/v2.21.0/tensorflow/python/saved_model/README.md
+    """
+    checksum = hashlib.sha256()
+    for path in sorted(pathlib.Path(directory, "variables").iterdir()):
+        checksum.update(path.read_bytes())
+    extra = pathlib.Path(directory, EXTRA_DIR)
+    extra.mkdir()
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    identity = {
+        "sha256_of_variables": checksum.hexdigest(),
+        "exported": created,
+        "picture_trainer": trainer.__version__,
+    }
+    files.write_json(str(extra / "model.json"), identity)
 
 
 def check_parity(name: str, probabilities: np.ndarray, expected: np.ndarray) -> float:
