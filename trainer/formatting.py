@@ -6,6 +6,7 @@ The texts in the code are English; spanish.toml has their translations.
 import contextlib
 import contextvars
 import functools
+import math
 import pathlib
 import tomllib
 from collections.abc import Iterator
@@ -71,8 +72,6 @@ def decimal(value: float, digits: int) -> str:
 def general(value: float, digits: int) -> str:
     """A number with `digits` significant digits, as in `0.0012` or `1e-05`."""
     return localized(f"{value:.{digits}g}")
-
-import math
 
 
 def percent(fraction: float | None, digits: int = 0) -> str:

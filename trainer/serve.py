@@ -12,8 +12,8 @@ probability and probabilities, or with error, the reason why that image has no p
 It also takes one image file, or a form with image files; each may be compressed with gzip. So does the path of
 TensorFlow Serving, /v1/models/NAME:predict. {"instances": [...], "parameters": {"explain": true}}, or ?explain=true, adds
 heatmap: rows of 0 to 1, high where the image supports the label.
-GET /health returns 503 until the model is loaded, then 200 with the class names and, beside the files of its run, the
-accuracy. GET /metrics is for Prometheus.
+GET /health returns 503 until the model is loaded, then 200 with the class names, which model it is and, beside the files of its
+run, the accuracy. GET /metrics is for Prometheus.
 
 A Host that is a public domain, or an Origin other than this server, is refused unless a flag allows it: otherwise each
 web page that you open could use the server. In a Vertex AI prediction container every Host is allowed, and the server

@@ -35,7 +35,7 @@ class ProgressReporter:
 
     def __init__(self, *, shows_bars: bool, last_stage: str, cost: Cost):
         """`last_stage` is the name of the last stage of the job."""
-        self.phase_seconds: collections.Counter[str] = collections.Counter()  # of this start of the job
+        self.phase_seconds: dict[str, float] = collections.defaultdict(float)  # of this start of the job
         self._shows_bars, self._last_stage, self._cost = shows_bars, last_stage, cost
         self._bar: tqdm | None = None
         self._logged_at = time.monotonic()
@@ -194,7 +194,7 @@ class ImageBar(tqdm):
 
     def __init__(self, *, desc: str, total: int, **arguments: Any):
         super().__init__(desc=desc, total=total, **arguments)
-        self._what, self._num_images, self._num_done = desc, total, 0
+        self._what, self._num_images, self._num_done = desc, total, 0.0
         self._started_at = self._logged_at = time.monotonic()
 
     def update(self, n: float = 1) -> bool | None:
