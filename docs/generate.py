@@ -132,7 +132,8 @@ SPANISH_FLAGS = {
     "precision": "auto: la precisión que el dispositivo calcula rápido; float32, mixed_float16, mixed_bfloat16.",
     "require_gpu": "Termina con el código 2 y un diagnóstico si TensorFlow no ve ninguna GPU.",
     "language": "Idioma del informe: en (inglés) o es (español).",
-    "export_formats": "Separados por comas: saved_model, que siempre se escribe; tflite y onnx, que van a exports/ en job_dir.",
+    "export_formats": "Separados por comas: saved_model, que siempre se escribe; y tflite, onnx, tflite_float16 (la mitad del "
+    "tamaño) y tflite_int8 (la cuarta parte, para procesadores de enteros), que van a exports/ en job_dir.",
 }
 
 

@@ -23,6 +23,8 @@ REMOTE_READ_PARALLELISM = 48  # concurrent requests: at 50 ms each, a thousand o
 EXPORT_PACKAGES: dict[str, tuple[str, ...]] = {
     "saved_model": (),
     "tflite": ("ai_edge_litert",),
+    "tflite_float16": ("ai_edge_litert",),
+    "tflite_int8": ("ai_edge_litert",),
     "onnx": ("tf2onnx", "onnx", "onnxruntime"),
 }
 # Formats to which a backbone cannot be converted, with the reason.
@@ -308,7 +310,8 @@ class Config:
     )
     export_formats: str = flag(
         "saved_model",
-        "Comma-separated: saved_model, which is always written, tflite and onnx, which go to exports/ in job_dir.",
+        "Comma-separated: saved_model, which is always written; and tflite, onnx, tflite_float16 (half the size) and "
+        "tflite_int8 (a quarter, for integer processors), which go to exports/ in job_dir.",
         resumable=True,
         in_readme=True,
     )

@@ -35,6 +35,7 @@ def finished_run(prepared: PreparedJob, paths: JobDir) -> FinishedRun:
         model_dir=settings.model_dir,
         export_formats=settings.export_formats,
         class_names=prepared.folder.class_names,
+        training=prepared.split.training,
         validation=prepared.split.validation,
         test=prepared.split.test,
         network_input=prepared.network_input,
@@ -64,8 +65,12 @@ def is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> b
             files.make_directory(finished.paths.checkpoints)
             with lock.hold(finished.paths.checkpoints):
                 finished.paths.remove_partial_files()
-                values = exporter.export_missing(finished, values)
-                live.write_missing(settings.job_dir)
+                exported = exporter.export_missing(finished, values)
+                if exported == values:
+                    live.write_missing(settings.job_dir)
+                else:  # the model card names the exports
+                    live.write_all(settings.job_dir)
+                values = exported
     _print_result(finished, values)
     return True
 
@@ -165,10 +170,10 @@ def _export(
     is_frozen = trainer.state.history[trainer.best.epoch - 1]["stage"] == HEAD  # else the features are of other weights
     known = training_images.fit_novelty(best, inputs, features if is_frozen else None, data_dir=job.settings.data_dir)
     logging.info("Writing the SavedModel, and comparing it with the network in memory.")
-    differences = exporter.export_all(finished, best, trainer.best.is_readable, known)
+    exports = exporter.export_all(finished, best, trainer.best, known)
     probabilities = calibration.apply(probabilities, calibrated.temperature)
     job.paths.write_predictions(examples, probabilities, job.class_names)
-    values: dict[str, Any] = {"export_differences": differences, "calibration": calibrated.as_json()}
+    values: dict[str, Any] = {"exports": exports, "calibration": calibrated.as_json()}
     if known:
         values["novelty"] = {"threshold": known.threshold, "refused_validation": known.refused_validation}
     return best, values

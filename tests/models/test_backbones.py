@@ -131,9 +131,9 @@ def test_every_export_passes_the_parity_check_and_has_heat_maps(name, formats, t
     encoded = [tf.io.encode_png(image).numpy() for image in images]
     reference = ParityReference(network=network, encoded=encoded, images=images, expected=expected)
     exported = {"class_names": ("a", "b", "c"), "network_input": network_input}
-    differences = {"saved_model": saved_model.save(str(tmp_path / "m"), reference, **exported)}
-    differences |= converters.write(str(tmp_path / "e"), formats, reference, **exported)
-    assert max(differences.values()) < 1e-4
+    exports = {"saved_model": saved_model.save(str(tmp_path / "m"), reference, **exported)}
+    exports |= converters.write(str(tmp_path / "e"), formats, reference, **exported)
+    assert max(export.max_difference for export in exports.values()) < 1e-4
     heat = gradcam.heatmaps(network, preprocessed)
     assert heat.shape == (2, 2, 2)
     assert np.isfinite(heat).all()

@@ -26,6 +26,18 @@ def test_the_card_has_the_metrics_and_fields_to_fill_in(job_dir):
     assert card.count(model_card.TO_FILL_IN) >= 6
 
 
+def test_the_card_has_the_size_and_the_check_of_each_export(job_dir):
+    paths = JobDir(job_dir)
+    int8 = {"num_bytes": 24_250_336, "max_difference": 0.04, "accuracy": 0.75, "network_accuracy": 0.875, "images": 8}
+    exports = {"tflite": {"num_bytes": 93_984_412, "max_difference": 7.2e-07}, "tflite_int8": int8}
+    paths.write_metrics({**paths.read_metrics(), "exports": exports})
+    model_card.write(job_dir)
+    card = pathlib.Path(paths.model_card).read_text()
+    assert "| tflite | 94.0 MB | probabilities differ by at most 7.2e-07 from those of the network" in card
+    expected = "accuracy 75.00\u00a0% on 8 validation images, 87.50\u00a0% in float32"
+    assert f"| tflite_int8 | 24.3 MB | {expected} |" in card
+
+
 def test_a_card_that_was_filled_in_is_not_overwritten(job_dir):
     model_card.write(job_dir)
     path = pathlib.Path(JobDir(job_dir).model_card)

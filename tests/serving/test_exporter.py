@@ -1,5 +1,6 @@
 """Exports of a finished run."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -44,14 +45,18 @@ def test_a_finished_run_adds_formats_that_are_requested_later(tmp_path):
     onnx_path = converters.path(paths.exports, "onnx")
     assert onnx_path not in run("tflite")
     before = contents_and_time(paths.history), contents_and_time(converters.path(paths.exports, "tflite"))
-    assert onnx_path in run("saved_model,tflite,onnx")
-    assert sorted(pathlib.Path(paths.exports).iterdir()) == [
-        pathlib.Path(paths.exports, name) for name in ("input.json", "labels.txt", "model.onnx", "model.tflite")
-    ]
+    assert "tflite_int8" not in pathlib.Path(paths.model_card).read_text()
+    assert onnx_path in run("saved_model,tflite,onnx,tflite_float16,tflite_int8")
+    names = [converters.file_name(name) for name in ("onnx", "tflite", "tflite_float16", "tflite_int8")]
+    assert sorted(os.listdir(paths.exports)) == sorted(["input.json", "labels.txt", *names])
     assert (contents_and_time(paths.history), contents_and_time(converters.path(paths.exports, "tflite"))) == before
-    differences = paths.read_metrics()["export_differences"]
-    assert set(differences) == {"saved_model", "tflite", "onnx"}
-    assert max(differences.values()) < 1e-5
+    exports = paths.read_metrics()["exports"]
+    assert set(exports) == {"saved_model", "tflite", "onnx", "tflite_float16", "tflite_int8"}
+    assert max(exports[name]["max_difference"] for name in ("saved_model", "tflite", "onnx")) < 1e-5
+    assert {name for name in exports if "accuracy" in exports[name]} == {"tflite_int8"}
+    assert exports["tflite_int8"]["images"] == 4
+    assert exports["tflite_int8"]["network_accuracy"] == paths.read_metrics()["val_accuracy"]
+    assert "| tflite_int8 | 0.0 MB | accuracy" in pathlib.Path(paths.model_card).read_text()
 
 
 def contents_and_time(path: str) -> tuple[bytes, int]:
@@ -83,6 +88,7 @@ def test_without_a_readable_validation_image_nothing_is_exported(tmp_path):
         model_dir=str(tmp_path / "model"),
         export_formats="saved_model",
         class_names=("a", "b"),
+        training=examples,
         validation=examples,
         test=examples.take(np.zeros(0, int)),
         network_input=NetworkInput(image_size=32, resize="stretch", preprocessing="caffe"),

@@ -19,9 +19,10 @@ CLASS_NAMES = ("a cat", "<b>", "çà")
 
 
 def save(directory, reference, preprocessing="caffe") -> float:
-    return saved_model.save(
-        str(directory), reference, class_names=CLASS_NAMES, network_input=NetworkInput(32, "stretch", preprocessing)
-    )
+    network_input = NetworkInput(32, "stretch", preprocessing)
+    export = saved_model.save(str(directory), reference, class_names=CLASS_NAMES, network_input=network_input)
+    assert export.num_bytes == sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    return export.max_difference
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,8 @@ def test_every_signature_resizes_as_the_reference(reference, tmp_path, resize):
     expected = reference.network.model(preprocess(images, "caffe")).numpy()
     resized = dataclasses.replace(reference, encoded=encoded, images=images, expected=expected)
     directory = str(tmp_path / "m")
-    assert saved_model.save(directory, resized, class_names=CLASS_NAMES, network_input=network_input) < 1e-5
+    export = saved_model.save(directory, resized, class_names=CLASS_NAMES, network_input=network_input)
+    assert export.max_difference < 1e-5
     signatures = tf.saved_model.load(directory).signatures
     for contents, row in zip(encoded, expected, strict=True):
         pixels = tf.io.decode_png(contents)[None]
@@ -122,12 +124,21 @@ def test_bytes_that_are_not_an_image_fail_only_that_request(reference, model):
     np.testing.assert_allclose(outputs["probabilities"], reference.expected[:1], atol=1e-5)
 
 
-@pytest.mark.parametrize("signature", ["serving_default", "explain", "serving_pixels"])
+def test_features_are_what_the_backbone_computes_from_bytes_and_from_pixels(reference, model):
+    expected = reference.network.backbone(preprocess(reference.images, "caffe"))
+    from_bytes = model.signatures["features"](bytes=tf.constant(reference.encoded))
+    from_pixels = model.signatures["features_pixels"](pixels=reference.images)
+    assert list(from_bytes) == list(from_pixels) == ["features"]
+    np.testing.assert_allclose(from_bytes["features"], expected, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(from_pixels["features"], expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("signature", ["serving_default", "explain", "serving_pixels", "features", "features_pixels"])
 def test_no_images_have_no_rows(model, signature):
     pixels = {"pixels": tf.zeros([0, 90, 70, 3], tf.uint8)}
-    images = pixels if signature == "serving_pixels" else {"bytes": tf.constant([], tf.string)}
+    images = pixels if signature.endswith("_pixels") else {"bytes": tf.constant([], tf.string)}
     outputs = model.signatures[signature](**images)
-    assert outputs["probabilities"].shape == (0, 3)
+    assert outputs.get("probabilities", outputs.get("features")).ndim == 2
     assert {output.shape[0] for output in outputs.values()} == {0}
 
 

@@ -5,13 +5,16 @@ Shapes: n validation images of the parity check, V validation images, S pixels t
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
 from trainer.artifacts import best_weights
+from trainer.artifacts.best_weights import BestEpoch
 from trainer.artifacts.job_dir import JobDir
 from trainer.data import shards
 from trainer.data.dataset import Examples
@@ -21,10 +24,12 @@ from trainer.models import networks
 from trainer.models.networks import Network
 from trainer.models.novelty import Novelty
 from trainer.serving import converters, saved_model
-from trainer.serving.saved_model import ParityReference
+from trainer.serving.converters import LabeledImage, QuantizationImages
+from trainer.serving.saved_model import PARITY_BATCH_SIZE, Export, ParityReference
 from trainer.storage import files
 
-NUM_PARITY_IMAGES = 32
+NUM_PARITY_IMAGES = 16
+NUM_CALIBRATION_IMAGES = 100  # training images that give the ranges of the int8 activations
 
 
 @contextlib.contextmanager
@@ -52,6 +57,7 @@ class FinishedRun:
     model_dir: str
     export_formats: str  # comma-separated
     class_names: tuple[str, ...]
+    training: Examples
     validation: Examples
     test: Examples
     network_input: NetworkInput
@@ -85,74 +91,136 @@ def rebuild_best(run: FinishedRun, temperature: float) -> Network:
 
 
 @full_float32()
-def export_all(run: FinishedRun, best: Network, is_readable: np.ndarray, known: Novelty | None) -> dict[str, float]:
-    """Exports the best network in every format; returns the largest probability difference of each parity check.
+def export_all(run: FinishedRun, best: Network, validated: BestEpoch, known: Novelty | None) -> dict[str, Any]:
+    """Exports the best network in every format; returns what metrics.json says of each.
 
-    `is_readable` is bool [V], false for validation images that could not be decoded. Only the SavedModel contains the
-    novelty score `known`. Raises saved_model.ParityError.
+    `validated` is the validation result of the network. Only the SavedModel contains the novelty score `known`. Raises
+    saved_model.ParityError.
     """
-    reference = dataclasses.replace(_parity_reference(run, best, is_readable), novelty=known)
-    difference = saved_model.save(
+    reference = dataclasses.replace(_parity_reference(run, best, validated.is_readable), novelty=known)
+    export = saved_model.save(
         run.model_dir,
         reference,
         class_names=run.class_names,
         network_input=run.network_input,
         with_webp=run.with_webp,
     )
-    logging.info("SavedModel: parity check passed, probabilities differ by at most %.1e.", difference)
-    return {"saved_model": difference, **_convert(run, reference, run.converted_formats)}
+    logging.info("SavedModel: parity check passed, probabilities differ by at most %.1e.", export.max_difference)
+    return {"saved_model": export.as_json(), **_convert(run, reference, validated, run.converted_formats)}
 
 
 @full_float32()
 def export_missing(run: FinishedRun, metrics: dict) -> dict:
-    """Exports the formats that a finished run lacks; returns its metrics with their differences added."""
+    """Exports the formats that a finished run lacks; returns its metrics with theirs added."""
     formats = [name for name in run.converted_formats if not files.exists(converters.path(run.paths.exports, name))]
     if not formats:
         return metrics
-    is_readable = best_weights.read(run.paths.best_weights).is_readable
-    reference = _parity_reference(run, rebuild_best(run, run.paths.read_temperature()), is_readable)
-    differences = {**metrics.get("export_differences", {}), **_convert(run, reference, formats)}
-    metrics = {**metrics, "export_differences": differences}
-    run.paths.write_metrics(metrics)
+    validated = best_weights.read(run.paths.best_weights)
+    reference = _parity_reference(run, rebuild_best(run, run.paths.read_temperature()), validated.is_readable)
+    for name in formats:  # one by one: a later one may be refused
+        exports = {**metrics.get("exports", {}), **_convert(run, reference, validated, [name])}
+        metrics = {**metrics, "exports": exports}
+        run.paths.write_metrics(metrics)
     return metrics
 
 
 def _parity_reference(run: FinishedRun, best: Network, is_readable: np.ndarray) -> ParityReference:
+    """The network that every format is made of, and what the Keras network computes in small batches."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *best.model.input_shape[1:]], tf.uint8)], autograph=False)
+    def classify(images: tf.Tensor) -> tf.Tensor:
+        return best.model(preprocess(images, run.network_input.preprocessing), training=False)
+
     encoded, images = _parity_images(run, is_readable)
-    expected = best.model(preprocess(images, run.network_input.preprocessing), training=False).numpy()
+    starts = range(0, len(encoded), PARITY_BATCH_SIZE)
+    expected = np.concatenate([classify(images[start : start + PARITY_BATCH_SIZE]).numpy() for start in starts])
     return ParityReference(network=best, encoded=encoded, images=images, expected=expected)
 
 
 def _parity_images(run: FinishedRun, is_readable: np.ndarray) -> tuple[list[bytes], tf.Tensor]:
     """Some validation images: their bytes, and decoded uint8 [n, S, S, 3]. Those that no longer decode are left out."""
-    readable = np.flatnonzero(is_readable)
-    chosen = readable[np.linspace(0, len(readable) - 1, min(NUM_PARITY_IMAGES, len(readable))).astype(int)]
-    encoded, images = [], []
-    for path in run.validation.paths[chosen]:
-        contents = shards.read(run.data_dir, path) or b""
-        try:
-            images.append(decode_image(tf.constant(contents), run.network_input))
-        except tf.errors.InvalidArgumentError:
-            continue
-        encoded.append(contents)
-    if not encoded:
+    chosen = _evenly(np.flatnonzero(is_readable), NUM_PARITY_IMAGES)
+    decoded = list(_decode(run, run.validation.paths[chosen]))
+    if not decoded:
         raise UserError(
             f"No validation image in {run.data_dir} can be read any more, so the exported model cannot be compared with "
             "the in-memory model: restore the images and start again."
         )
-    return encoded, tf.stack(images)
+    return [contents for _, contents, _ in decoded], tf.stack([image for _, _, image in decoded])
 
 
-def _convert(run: FinishedRun, reference: ParityReference, formats: list[str]) -> dict[str, float]:
+def _evenly(values: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the values, at equal distances."""
+    return values[np.linspace(0, len(values) - 1, min(count, len(values))).astype(int)]
+
+
+def _decode(run: FinishedRun, paths: np.ndarray) -> Iterator[tuple[int, bytes, tf.Tensor]]:
+    """Index, bytes and decoded image uint8 [S, S, 3] of each path. Those that no longer decode are left out."""
+    decoder = _decoder(run.network_input)
+
+    def decode(path: str) -> tuple[bytes, tf.Tensor] | None:
+        contents = shards.read(run.data_dir, path) or b""
+        try:
+            return contents, decoder(tf.constant(contents))
+        except tf.errors.InvalidArgumentError:
+            return None
+
+    for start in range(0, len(paths), PARITY_BATCH_SIZE):
+        decoded = files.parallel(decode, paths[start : start + PARITY_BATCH_SIZE])
+        yield from ((start + offset, *image) for offset, image in enumerate(decoded) if image)
+
+
+@functools.lru_cache(1)
+def _decoder(network_input: NetworkInput) -> Callable[[tf.Tensor], tf.Tensor]:
+    """decode_image as one graph, traced once; a tf.function would be traced again in each thread."""
+    decode = tf.function(lambda contents: decode_image(contents, network_input), autograph=False)
+    return decode.get_concrete_function(tf.TensorSpec([], tf.string))
+
+
+def _convert(
+    run: FinishedRun, reference: ParityReference, validated: BestEpoch, formats: list[str]
+) -> dict[str, dict[str, Any]]:
     if not formats:
         return {}
-    differences = converters.write(
+    exports = converters.write(
         run.paths.exports,
         formats,
         reference,
         class_names=run.class_names,
         network_input=run.network_input,
+        quantization=_quantization_images(run, validated),
     )
-    for name, difference in differences.items():
-        logging.info("model.%s: parity check passed, probabilities differ by at most %.1e.", name, difference)
-    return differences
+    for name, export in exports.items():
+        _log_export(converters.file_name(name), export)
+    return {name: export.as_json() for name, export in exports.items()}
+
+
+def _log_export(name: str, export: Export) -> None:
+    if export.accuracy is None:
+        logging.info("%s: parity check passed, probabilities differ by at most %.1e.", name, export.max_difference)
+    else:
+        logging.info(
+            "%s: accuracy %.4f on all %d validation images, %.4f of the network in float32.",
+            name,
+            export.accuracy,
+            export.images,
+            export.network_accuracy,
+        )
+
+
+def _quantization_images(run: FinishedRun, validated: BestEpoch) -> QuantizationImages:
+    training = _evenly(run.training.paths, NUM_CALIBRATION_IMAGES)
+    index = np.flatnonzero(validated.is_readable)
+    labels = run.validation.labels[index]
+    is_correct = validated.probabilities[index].argmax(axis=1) == labels
+
+    def labeled_images() -> Iterator[LabeledImage]:
+        for row, _, image in _decode(run, run.validation.paths[index]):
+            yield LabeledImage(image, int(labels[row]), bool(is_correct[row]))
+
+    return QuantizationImages(
+        training=lambda: (image for _, _, image in _decode(run, training)),
+        num_training=len(training),
+        validation=labeled_images,
+        num_validation=len(index),
+    )
