@@ -85,8 +85,8 @@ def trained():
     """What an export is compared with, the input of the network, and images for quantization.
 
     ResNet50 and cats and dogs where ../shared exists, otherwise a small network and drawn images. The head is fitted to two
-    thirds of the images; the validation images are the 20 of the others that the network is surest of, so that a flipped
-    prediction is an error of the quantization.
+    thirds of the images. The validation images are the 20 of the others whose label the network is surest of: int8 may flip
+    a prediction that is close.
     """
     is_real = paths.WEIGHTS.exists()
     network_input = NetworkInput(64, "stretch", "caffe") if is_real else tiny_model.NETWORK_INPUT
@@ -98,10 +98,9 @@ def trained():
     _fit_head(network, features[is_training], labels[is_training])
     expected = tf.nn.softmax(network.head(features)).numpy()
     held_out = np.flatnonzero(~is_training)
-    surest = held_out[np.argsort(-expected[held_out].max(axis=1))][:20]
-    is_correct = expected.argmax(axis=1) == labels
-    assert is_correct[surest].mean() > 0.9
-    validation = [LabeledImage(images[i], labels[i], is_correct[i]) for i in surest]
+    surest = held_out[np.argsort(-expected[held_out, labels[held_out]])][:20]
+    assert (expected[surest, labels[surest]] > 0.5).all()
+    validation = [LabeledImage(images[i], labels[i], is_correct=True) for i in surest]
     training = images[is_training][::4]
     quantization = QuantizationImages(lambda: iter(training), len(training), lambda: iter(validation), len(validation))
     reference = ParityReference(network, encoded[::6], images[::6], expected[::6])

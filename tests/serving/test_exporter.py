@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tests.support.images import write_images
 from tests.support.paths import TINY_JOB
+from trainer.artifacts import best_weights
 from trainer.artifacts.job_dir import JobDir
 from trainer.data.dataset import read_folder
 from trainer.data.preprocessing import NetworkInput
@@ -74,7 +75,7 @@ def test_exports_are_compared_in_full_float32(monkeypatch):
 
     monkeypatch.setattr(exporter, "_parity_reference", fail)
     with pytest.raises(ArithmeticError):
-        exporter.export_all(None, None, None, None)
+        exporter.export_all(None, None, best_weights.NO_EPOCH, None)
     assert during == [False]
     assert is_enabled()
 

@@ -163,13 +163,14 @@ def _check(
         return Export(len(contents), difference)
     assert quantization
     difference = float(np.abs(probabilities - reference.expected).max())
-    return Export(len(contents), difference, **_check_accuracy(file_name(name), classify, quantization))
+    accuracy, network_accuracy, num_images = _check_accuracy(file_name(name), classify, quantization)
+    return Export(len(contents), difference, accuracy, network_accuracy, num_images)
 
 
 def _check_accuracy(
     name: str, classify: Callable[[np.ndarray], np.ndarray], quantization: QuantizationImages
-) -> dict[str, float]:
-    """The fields of Export on the accuracy on all validation images. Raises ParityError if it has fallen too far."""
+) -> tuple[float, float, int]:
+    """The accuracy on all validation images, that of the network, and their number. Raises ParityError if it falls too far."""
     is_correct: list[bool] = []
     of_network: list[bool] = []
     with _progress(f"Classifying {quantization.num_validation} validation images with {name}") as progress:
@@ -187,7 +188,7 @@ def _check_accuracy(
             f"{100 * MAX_ACCURACY_LOSS:g}. It was not exported: leave tflite_int8 out of --export_formats, or take "
             "tflite_float16; the same command then completes the run."
         )
-    return {"accuracy": accuracy, "network_accuracy": network_accuracy, "images": len(is_correct)}
+    return accuracy, network_accuracy, len(is_correct)
 
 
 def _batched(images: Iterable[LabeledImage]) -> Iterator[list[LabeledImage]]:

@@ -156,23 +156,20 @@ def _evenly(values: np.ndarray, count: int) -> np.ndarray:
 
 def _decode(run: FinishedRun, paths: np.ndarray) -> Iterator[tuple[int, bytes, tf.Tensor]]:
     """Index, bytes and decoded image uint8 [S, S, 3] of each path. Those that no longer decode are left out."""
-    decoder = _decoder(run.network_input)
-
-    def decode(path: str) -> tuple[bytes, tf.Tensor] | None:
-        contents = shards.read(run.data_dir, path) or b""
-        try:
-            return contents, decoder(tf.constant(contents))
-        except tf.errors.InvalidArgumentError:
-            return None
-
+    decode = _decoder(run.network_input)
     for start in range(0, len(paths), PARITY_BATCH_SIZE):
-        decoded = files.parallel(decode, paths[start : start + PARITY_BATCH_SIZE])
-        yield from ((start + offset, *image) for offset, image in enumerate(decoded) if image)
+        batch = paths[start : start + PARITY_BATCH_SIZE]
+        for offset, contents in enumerate(files.parallel(lambda path: shards.read(run.data_dir, path) or b"", batch)):
+            try:
+                image = decode(tf.constant(contents))
+            except tf.errors.InvalidArgumentError:
+                continue
+            yield start + offset, contents, image
 
 
 @functools.lru_cache(1)
 def _decoder(network_input: NetworkInput) -> Callable[[tf.Tensor], tf.Tensor]:
-    """decode_image as one graph, traced once; a tf.function would be traced again in each thread."""
+    """decode_image as one graph; without one, TensorFlow traces a part of it again for each size of an image."""
     decode = tf.function(lambda contents: decode_image(contents, network_input), autograph=False)
     return decode.get_concrete_function(tf.TensorSpec([], tf.string))
 
