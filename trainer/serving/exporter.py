@@ -5,7 +5,6 @@ Shapes: n validation images of the parity check, V validation images, S pixels t
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from trainer.artifacts.best_weights import BestEpoch
 from trainer.artifacts.job_dir import JobDir
 from trainer.data import shards
 from trainer.data.dataset import Examples
-from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
+from trainer.data.preprocessing import NetworkInput, preprocess
 from trainer.errors import UserError
 from trainer.models import networks
 from trainer.models.networks import Network
@@ -156,7 +155,7 @@ def _evenly(values: np.ndarray, count: int) -> np.ndarray:
 
 def _decode(run: FinishedRun, paths: np.ndarray) -> Iterator[tuple[int, bytes, tf.Tensor]]:
     """Index, bytes and decoded image uint8 [S, S, 3] of each path. Those that no longer decode are left out."""
-    decode = _decoder(run.network_input)
+    decode = saved_model.decoder(run.network_input, with_webp=run.with_webp)
     for start in range(0, len(paths), PARITY_BATCH_SIZE):
         batch = paths[start : start + PARITY_BATCH_SIZE]
         for offset, contents in enumerate(files.parallel(lambda path: shards.read(run.data_dir, path) or b"", batch)):
@@ -165,13 +164,6 @@ def _decode(run: FinishedRun, paths: np.ndarray) -> Iterator[tuple[int, bytes, t
             except tf.errors.InvalidArgumentError:
                 continue
             yield start + offset, contents, image
-
-
-@functools.lru_cache(1)
-def _decoder(network_input: NetworkInput) -> Callable[[tf.Tensor], tf.Tensor]:
-    """decode_image as one graph; without one, TensorFlow traces a part of it again for each size of an image."""
-    decode = tf.function(lambda contents: decode_image(contents, network_input), autograph=False)
-    return decode.get_concrete_function(tf.TensorSpec([], tf.string))
 
 
 def _convert(

@@ -21,6 +21,7 @@ input, H x W a heat map, C classes, F features (the channels of the last feature
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable
@@ -76,6 +77,13 @@ class ParityReference:
     novelty: Novelty | None = None  # of the network; without it, the outputs of that name are missing
 
 
+@functools.lru_cache(1)
+def decoder(network_input: NetworkInput, *, with_webp: bool) -> Callable[[tf.Tensor], tf.Tensor]:
+    """decode_image as one graph, which is traced once for the parity check and the signatures."""
+    decode = tf.function(lambda contents: decode_image(contents, network_input, with_webp=with_webp), autograph=False)
+    return decode.get_concrete_function(tf.TensorSpec([], tf.string))
+
+
 class ServingFunctions:
     """The signatures as functions of tensors, without Keras objects: decoding, preprocessing, network and class names."""
 
@@ -108,7 +116,7 @@ class ServingFunctions:
         def explain_encoded(contents: tf.Tensor) -> gradcam.Explanation:
             return explain(
                 tf.map_fn(
-                    lambda content: decode_image(content, network_input, with_webp=with_webp),
+                    decoder(network_input, with_webp=with_webp),
                     contents,
                     fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
                 )
