@@ -12,6 +12,7 @@ from trainer import cli, config, formatting
 from trainer.artifacts import metrics, run_record
 from trainer.artifacts.job_dir import JobDir
 from trainer.config import Config
+from trainer.errors import UserError
 from trainer.models import gradcam
 from trainer.models.networks import Network
 from trainer.prepared_job import Job, PreparedJob
@@ -114,7 +115,7 @@ def finish(
     *,
     is_stopped_by_cost: bool,
 ) -> None:
-    """Exports the best weights and writes the last files of a run."""
+    """Exports the best weights and writes the last files of a run. Raises UserError at its end if a format is refused."""
     phase = job.progress.phase
     with phase("review", "Reviewing the labels and looking for images that are alike."):
         features = job_stages.read_features(job.settings, inputs, feature_dir=job.feature_dir)
@@ -146,9 +147,16 @@ def finish(
     if job.settings.price_per_hour:
         values["cost"] = round(job.cost.total(), 4)
     job.paths.write_metrics(values)
+    refusal = None
+    try:
+        values = exporter.export_missing(finished, values, best)
+    except UserError as error:
+        refusal = error
     with phase("report", "Writing the report."):
         writer.finish()
     _print_result(finished, values)
+    if refusal:
+        raise refusal
 
 
 def _review_images(job: Job, inputs: StageInputs, features: ModelOutputs | None, trainer: Trainer) -> dict[str, Any]:
@@ -208,7 +216,7 @@ def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
         f"time:   {formatting.duration(values['seconds'])}",
         f"report: {finished.paths.report_page}",
         f"model:  {finished.model_dir}",
-        *(f"        {path}" for path in finished.converted_paths),
+        *(f"        {path}" for path in finished.converted_paths if files.exists(path)),
         f"try it: {cli.command('predict')} {model} {shlex.quote(example)}",
         f"test:   {cli.command('evaluate')} {model} --data_dir=NEW_IMAGES --report_dir=evaluation",
         f"serve:  {cli.command('serve')} {model}",

@@ -16,6 +16,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from tests.support import paths, tiny_model
 from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
+from trainer.errors import UserError
 from trainer.models import networks
 from trainer.models.networks import Network
 from trainer.serving import converters, saved_model
@@ -75,7 +76,7 @@ def test_an_int8_model_that_is_less_accurate_is_refused_with_the_figures(referen
         "model_int8.tflite classifies 0 of 4 validation images correctly, the network in float32 4: the accuracy falls by "
         "100.0 points, more than 1."
     )
-    with pytest.raises(saved_model.ParityError, match=message):
+    with pytest.raises(UserError, match=message):
         write(tmp_path, "tflite_int8", reference, quantization=quantization)
     assert not (tmp_path / "model_int8.tflite").exists()
 

@@ -20,15 +20,22 @@ from trainer.models import networks
 from trainer.serving import converters, exporter
 from trainer.serving.exporter import FinishedRun
 
+# Runs a script with a limit that no int8 model meets.
+REFUSING = (
+    "import runpy, sys; from trainer.serving import converters; converters.MAX_ACCURACY_LOSS = -2; "
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
 
 @pytest.mark.slow
 def test_a_finished_run_adds_formats_that_are_requested_later(tmp_path):
     images = write_images(tmp_path / "pictures", {"cat": 10, "dog": 10})
     paths = JobDir(str(tmp_path / "job"))
 
-    def run(formats: str) -> str:
+    def run(formats: str, *options: str, returncode: int = 0) -> str:
         command = [
             sys.executable,
+            *options,
             TINY_JOB,
             f"--data_dir={images}",
             f"--job_dir={paths.root}",
@@ -40,13 +47,19 @@ def test_a_finished_run_adds_formats_that_are_requested_later(tmp_path):
             "--batch_size=8",
         ]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert process.returncode == 0, process.stderr
+        assert process.returncode == returncode, process.stderr
+        assert "Traceback" not in process.stderr
+        assert ("falls by" in process.stderr) == (returncode == 2)
         return process.stdout
 
     onnx_path = converters.path(paths.exports, "onnx")
-    assert onnx_path not in run("tflite")
+    output = run("tflite_int8,tflite", "-c", REFUSING, returncode=2)  # all but what is refused is there
+    assert sorted(os.listdir(paths.exports)) == ["input.json", "labels.txt", "model.tflite"]
+    assert "model.tflite" in output
+    assert "int8" not in output
+    assert all(os.path.exists(path) for path in (paths.metrics, paths.report_page, paths.model_card))
     before = contents_and_time(paths.history), contents_and_time(converters.path(paths.exports, "tflite"))
-    assert "tflite_int8" not in pathlib.Path(paths.model_card).read_text()
+    assert "| tflite_int8 |" not in pathlib.Path(paths.model_card).read_text()
     assert onnx_path in run("saved_model,tflite,onnx,tflite_float16,tflite_int8")
     names = [converters.file_name(name) for name in ("onnx", "tflite", "tflite_float16", "tflite_int8")]
     assert sorted(os.listdir(paths.exports)) == sorted(["input.json", "labels.txt", *names])

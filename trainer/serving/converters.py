@@ -33,9 +33,10 @@ from absl import logging
 from trainer import formatting
 from trainer.artifacts.job_dir import write_class_names
 from trainer.data.preprocessing import PAD_COLOR, NetworkInput, preprocess
+from trainer.errors import UserError
 from trainer.models.networks import Network
 from trainer.serving import saved_model
-from trainer.serving.saved_model import PARITY_BATCH_SIZE, Export, ParityError, ParityReference
+from trainer.serving.saved_model import PARITY_BATCH_SIZE, Export, ParityReference
 from trainer.storage import files
 
 # Of 2023 (ONNX 1.14), the newest that tf2onnx 1.17 writes without a warning; later runtimes read it.
@@ -120,7 +121,7 @@ def write(
     """Writes each of the formats in the table above, labels.txt and input.json; returns what was measured of each.
 
     Each format is run by its own runtime on the images of the reference; `quantization` is needed for tflite_int8. Raises
-    ParityError, and does not write that format, if it differs by more than its bound.
+    ParityError, or UserError if int8 is less accurate, and does not write that format, if it differs by more than its bound.
     """
     module = PixelModule(reference.network, network_input)
     files.make_directory(directory)
@@ -153,7 +154,7 @@ def _check(
     reference: ParityReference,
     quantization: QuantizationImages | None,
 ) -> Export:
-    """Runs the model on the images of the reference, and in int8 on all validation images. Raises ParityError."""
+    """Runs the model on the images of the reference, and in int8 on all validation images. Raises ParityError, UserError."""
     images = reference.images.numpy()
     batches = [images[start : start + PARITY_BATCH_SIZE] for start in range(0, len(images), PARITY_BATCH_SIZE)]
     probabilities = np.concatenate([classify(batch.astype(np.float32)) for batch in batches])
@@ -170,7 +171,7 @@ def _check(
 def _check_accuracy(
     name: str, classify: Callable[[np.ndarray], np.ndarray], quantization: QuantizationImages
 ) -> tuple[float, float, int]:
-    """The accuracy on all validation images, that of the network, and their number. Raises ParityError if it falls too far."""
+    """The accuracy on all validation images, that of the network, and their number. Raises UserError if it falls too far."""
     is_correct: list[bool] = []
     of_network: list[bool] = []
     with _progress(f"Classifying {quantization.num_validation} validation images with {name}") as progress:
@@ -182,11 +183,11 @@ def _check_accuracy(
             progress.text = f"{len(is_correct)} images"
     accuracy, network_accuracy = float(np.mean(is_correct)), float(np.mean(of_network))
     if not network_accuracy - accuracy <= MAX_ACCURACY_LOSS:
-        raise ParityError(
+        raise UserError(
             f"{name} classifies {sum(is_correct)} of {len(is_correct)} validation images correctly, the network in "
             f"float32 {sum(of_network)}: the accuracy falls by {100 * (network_accuracy - accuracy):.1f} points, more than "
             f"{100 * MAX_ACCURACY_LOSS:g}. It was not exported: leave tflite_int8 out of --export_formats, or take "
-            "tflite_float16; the same command then completes the run."
+            "tflite_float16."
         )
     return accuracy, network_accuracy, len(is_correct)
 

@@ -91,8 +91,9 @@ def rebuild_best(run: FinishedRun, temperature: float) -> Network:
 
 @full_float32()
 def export_all(run: FinishedRun, best: Network, validated: BestEpoch, known: Novelty | None) -> dict[str, Any]:
-    """Exports the best network in every format; returns what metrics.json says of each.
+    """Exports the best network in every format but tflite_int8; returns what metrics.json says of each.
 
+    tflite_int8 may be refused, which must not keep a run from its other files: export_missing writes it after them.
     `validated` is the validation result of the network. Only the SavedModel contains the novelty score `known`. Raises
     saved_model.ParityError.
     """
@@ -105,17 +106,23 @@ def export_all(run: FinishedRun, best: Network, validated: BestEpoch, known: Nov
         with_webp=run.with_webp,
     )
     logging.info("SavedModel: parity check passed, probabilities differ by at most %.1e.", export.max_difference)
-    return {"saved_model": export.as_json(), **_convert(run, reference, validated, run.converted_formats)}
+    formats = [name for name in run.converted_formats if name != "tflite_int8"]
+    return {"saved_model": export.as_json(), **_convert(run, reference, validated, formats)}
 
 
 @full_float32()
-def export_missing(run: FinishedRun, metrics: dict) -> dict:
-    """Exports the formats that a finished run lacks; returns its metrics with theirs added."""
+def export_missing(run: FinishedRun, metrics: dict, best: Network | None = None) -> dict:
+    """Exports the formats that a finished run lacks; returns its metrics with theirs added, which are also written.
+
+    `best` is the network of rebuild_best, if there is one already. Raises saved_model.ParityError, and UserError if int8 is
+    less accurate.
+    """
     formats = [name for name in run.converted_formats if not files.exists(converters.path(run.paths.exports, name))]
     if not formats:
         return metrics
     validated = best_weights.read(run.paths.best_weights)
-    reference = _parity_reference(run, rebuild_best(run, run.paths.read_temperature()), validated.is_readable)
+    best = best or rebuild_best(run, run.paths.read_temperature())
+    reference = _parity_reference(run, best, validated.is_readable)
     for name in formats:  # one by one: a later one may be refused
         exports = {**metrics.get("exports", {}), **_convert(run, reference, validated, [name])}
         metrics = {**metrics, "exports": exports}
