@@ -2,6 +2,8 @@
 
 import ast
 import itertools
+import subprocess
+import sys
 
 import pytest
 
@@ -10,7 +12,7 @@ from tests.support.paths import ROOT
 COMMANDS = ["task", "predict", "evaluate", "report", "inspect_data", "tune", "benchmark", "serve", "pack"]
 # Top to bottom. A module may import from lower layers and from its own package, never from its own layer's other packages.
 LAYERS = [
-    ["__main__"],  # imports the module of one command by its name, when it starts it
+    ["__main__", "api"],  # __main__ imports the module of one command by its name, when it starts it
     COMMANDS,
     ["job"],
     ["job_results"],
@@ -38,6 +40,8 @@ def imports_of(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trainer":
             found |= {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.startswith("trainer.")}
     return {name if name in MODULES else name.rpartition(".")[0] for name in found}
 
 
@@ -50,8 +54,15 @@ def test_imports_point_only_downwards(module):
 
 def test_no_package_imports_anything():
     for name, tree in MODULES.items():
-        if name.endswith("__init__"):
+        if name.endswith("__init__") and name != "trainer.__init__":
             assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)], name
+
+
+def test_the_api_is_imported_when_it_is_used():
+    program = (
+        "import sys, trainer; assert 'numpy' not in sys.modules; trainer.train; assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_no_imports_form_a_circle():
@@ -63,7 +74,7 @@ def test_no_imports_form_a_circle():
 
 def test_only_commands_touch_flags_and_the_environment():
     for name, tree in MODULES.items():
-        if package_of(name) not in {*COMMANDS, "cli"}:
+        if package_of(name) not in {*COMMANDS, "cli", "api"}:
             attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
             assert not attributes & {"os.environ", "flags.FLAGS"}, name
 

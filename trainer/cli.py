@@ -5,6 +5,7 @@ retry may help. Importing this module does not import TensorFlow, so that `--hel
 """
 
 import datetime
+import difflib
 import json
 import logging as python_logging
 import os
@@ -15,8 +16,8 @@ import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
@@ -83,7 +84,7 @@ def run(main: Callable[[list[str]], int | None], *, define_flags: Callable[[], N
             sys.exit(0)
         require_posix()
         logging.set_verbosity(flags.FLAGS.verbosity)
-        _complete_paths()
+        complete_paths(flags.FLAGS)
         if logs_json():
             logging.get_absl_handler().setFormatter(_JsonLines())
             python_logging.captureWarnings(True)  # log the warnings of Python as well
@@ -92,9 +93,10 @@ def run(main: Callable[[list[str]], int | None], *, define_flags: Callable[[], N
         print_error(error, hint=f"`{program()} --help` lists the flags." if isinstance(error, flags.Error) else "")
         sys.exit(EXIT_USER_ERROR)
     except Exception as error:
-        if isinstance(error, OSError) and str(error.filename).startswith("gs://"):
+        is_timeout = isinstance(error, TimeoutError) and error.filename is not None
+        if isinstance(error, OSError) and (is_timeout or str(error.filename).startswith("gs://")):
             print_error(UserError(f"{error.filename}: {error.strerror}"))
-            sys.exit(EXIT_RETRY if isinstance(error, TimeoutError) else EXIT_USER_ERROR)
+            sys.exit(EXIT_RETRY if is_timeout else EXIT_USER_ERROR)
         if advice := memory_error(error):  # a retry would fail at the same place
             print_error(advice)
             sys.exit(EXIT_USER_ERROR)
@@ -134,10 +136,33 @@ def version() -> str:
     return f"picture-trainer {trainer.__version__}"
 
 
-def _complete_paths() -> None:
+def parse(define_flags: Callable[[flags.FlagValues], None], given: Mapping[str, Any]) -> flags.FlagValues:
+    """The flags of a command with the values `given` by name, as a Python program passes them, apart from flags.FLAGS.
+
+    Raises UserError for an unknown flag, or a value that is not one of its kind, with the words of the command line.
+    """
+    values = flags.FlagValues()
+    define_flags(values)
+    try:
+        for name, value in given.items():
+            if name not in values:
+                raise flags.UnrecognizedFlagError(name, suggestions=difflib.get_close_matches(name, values, n=1))
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            elif isinstance(value, bool) and not values[name].boolean:
+                value = str(value)  # True would be the number 1
+            values[name].parse(value)
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    values.mark_as_parsed()
+    complete_paths(values)
+    return values
+
+
+def complete_paths(values: flags.FlagValues) -> None:
     """Expands `~` in the flags, which the shell does only where a word begins. Raises UserError for one that is not UTF-8."""
-    for name in list(flags.FLAGS):
-        value = flags.FLAGS[name].value
+    for name in list(values):
+        value = values[name].value
         if not isinstance(value, str):
             continue
         try:
@@ -145,7 +170,7 @@ def _complete_paths() -> None:
         except UnicodeEncodeError:
             raise UserError(f"--{name}={value!a} is not UTF-8: rename it, or pass a link to it.") from None
         if value.startswith("~"):
-            flags.FLAGS[name].value = os.path.expanduser(value)
+            values[name].value = os.path.expanduser(value)
 
 
 def logs_json() -> bool:
@@ -158,8 +183,8 @@ def logs_json() -> bool:
 
 
 def shows_bars() -> bool:
-    """Whether progress is shown as bars: on a terminal, unless log lines are JSON."""
-    return sys.stderr.isatty() and not logs_json()
+    """Whether progress is shown as bars: on a terminal, unless log lines are JSON or not shown."""
+    return sys.stderr.isatty() and not logs_json() and logging.get_absl_logger().isEnabledFor(python_logging.INFO)
 
 
 def colored(text: str, color: str) -> str:
@@ -186,6 +211,12 @@ def memory_error(error: Exception) -> UserError | None:
     return UserError(f"There is not enough memory for {' '.join(sizes) or 'this command'} ({reason}): {advice}.")
 
 
+def exit_at_once(code: int) -> NoReturn:
+    """Ends the process without waiting for anything."""
+    logging.flush()
+    os._exit(code)
+
+
 def print_error(error: Exception, *, hint: str = "") -> None:
     """Prints an error as one line."""
     text = " ".join(str(error).split())
@@ -195,19 +226,19 @@ def print_error(error: Exception, *, hint: str = "") -> None:
         print(f"{colored('error:', 'red')} {text}\n{hint}".strip(), file=sys.stderr)
 
 
-def require(*names: str) -> None:
+def require(*names: str, values: flags.FlagValues = flags.FLAGS) -> None:
     """Raises UserError for the first flag that is not set.
 
     absl's `required` would also reject `--help`.
     """
     for name in names:
-        if not flags.FLAGS[name].value:
-            raise UserError(f"--{name} is not set: pass it. {flags.FLAGS[name].help}")
+        if not values[name].value:
+            raise UserError(f"--{name} is not set: pass it. {values[name].help}")
 
 
-def flag_values(names: Iterable[str]) -> dict[str, Any]:
+def flag_values(names: Iterable[str], values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
     """Values of the flags by name."""
-    return {name: flags.FLAGS[name].value for name in names}
+    return {name: values[name].value for name in names}
 
 
 def given_flags(names: Iterable[str]) -> list[str]:
@@ -223,6 +254,12 @@ def import_tensorflow() -> None:
     """
     for name, value in TENSORFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    keras = sys.modules.get("keras")
+    backend = keras.config.backend() if keras else os.environ["KERAS_BACKEND"]
+    if backend != "tensorflow":
+        raise UserError(f"The backend of Keras is {backend}, expected tensorflow: unset KERAS_BACKEND.")
+    if "tensorflow" in sys.modules:
+        return
     python_logging.getLogger("tensorflow").setLevel(python_logging.WARNING)
     sys.stderr.flush()
     stderr = os.dup(2)
@@ -246,15 +283,16 @@ def import_tensorflow() -> None:
 
 def _start_logging() -> None:
     handler = logging.get_absl_handler()
-    handler.setFormatter(_Lines())
+    handler.setFormatter(Lines())
     logging.use_absl_handler()
     flags.FLAGS.set_default("verbosity", 0)  # absl's default hides everything below a warning
 
 
-class _Lines(python_logging.Formatter):
+class Lines(python_logging.Formatter):
     """`13:05:59 text`, with the level before the text of warnings and errors."""
 
     def format(self, record: python_logging.LogRecord) -> str:
+        """The line of a log record."""
         color = "red" if record.levelno >= python_logging.ERROR else "yellow"
         level = "" if record.levelno <= python_logging.INFO else colored(f"{record.levelname.lower()}:", color) + " "
         return f"{self.formatTime(record, '%H:%M:%S')} {level}{record.getMessage()}"

@@ -339,6 +339,13 @@ class Config:
         at_least=0,
         resumable=True,
     )
+    on_epoch: str = flag(
+        "",
+        "Shell command that the chief runs after each epoch, with the epoch's row of history.csv as JSON on standard input, "
+        "as for an experiment tracker (docs/trackers.md). After 30 seconds it is killed. Its failure is logged.",
+        resumable=True,
+        per_worker=True,
+    )
     price_per_hour: float = flag(
         0.0,
         "Price of one machine, in any currency: the progress line, metrics.json and the report then show the cost.",
@@ -497,8 +504,8 @@ class _AugmentFlag(flags.EnumFlag):
         return super()._parse(AUGMENT_SWITCH.get(argument, argument))
 
 
-def define_flags() -> None:
-    """Defines one absl flag for each field of Config, but for verbosity, which absl defines itself.
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines one absl flag for each field of Config in `values`, but for verbosity, which absl defines itself.
 
     Bounds are checked by Config, so that Python callers and the command line get the same message.
     """
@@ -512,8 +519,8 @@ def define_flags() -> None:
         if name == "verbosity":
             continue
         if name == "augment":
-            flags.DEFINE_flag(_AugmentFlag(name, DEFAULTS[name], info.help, list(info.choices)))
+            flags.DEFINE_flag(_AugmentFlag(name, DEFAULTS[name], info.help, list(info.choices)), flag_values=values)
         elif info.choices:
-            flags.DEFINE_enum(name, DEFAULTS[name], list(info.choices), info.help)
+            flags.DEFINE_enum(name, DEFAULTS[name], list(info.choices), info.help, flag_values=values)
         else:
-            defines[type(DEFAULTS[name])](name, DEFAULTS[name], info.help)
+            defines[type(DEFAULTS[name])](name, DEFAULTS[name], info.help, flag_values=values)

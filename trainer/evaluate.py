@@ -10,6 +10,7 @@ Writes metrics.json, predictions.csv, bad_files.csv, labels.txt, config.json, in
 models these are in R/model_1, R/model_2, ..., and R has comparison.json and a page that compares the models.
 """
 
+import functools
 import os
 
 from absl import flags
@@ -22,18 +23,20 @@ from trainer.formatting import LANGUAGES
 from trainer.serving import classifier
 
 
-def define_flags() -> None:
-    """Defines the flags of this command."""
-    flags.DEFINE_string("model_dir", "", "A saved_model folder, or the job_dir of a run; several separated by commas.")
-    flags.DEFINE_string("labels", "", "File of paths and labels, in place of folders per class, as in trainer.task.")
-    flags.DEFINE_string("data_dir", "", "Folder with one sub-folder per class, named as in the model; or tfds:NAME.")
-    flags.DEFINE_string("report_dir", "", "Folder for the report.")
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of this command in `values`."""
+    define_string = functools.partial(flags.DEFINE_string, flag_values=values)
+    define_string("model_dir", "", "A saved_model folder, or the job_dir of a run; several separated by commas.")
+    define_string("labels", "", "File of paths and labels, in place of folders per class, as in trainer.task.")
+    define_string("data_dir", "", "Folder with one sub-folder per class, named as in the model; or tfds:NAME.")
+    define_string("report_dir", "", "Folder for the report.")
     flags.DEFINE_float(
         "max_bad_fraction",
         0.01,
         "Share of unreadable files above which the command fails.",
         lower_bound=0,
         upper_bound=1,
+        flag_values=values,
     )
     flags.DEFINE_float(
         "min_precision",
@@ -42,27 +45,31 @@ def define_flags() -> None:
         "class; 0: do not.",
         lower_bound=0,
         upper_bound=1,
+        flag_values=values,
     )
-    flags.DEFINE_integer("batch_size", 32, "Images per call of the network.", lower_bound=1)
-    flags.DEFINE_enum("language", "en", LANGUAGES, "Language of the report.")
+    flags.DEFINE_integer("batch_size", 32, "Images per call of the network.", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum("language", "en", LANGUAGES, "Language of the report.", flag_values=values)
 
 
 def main(arguments: list[str]) -> None:
     """Evaluates each model and writes its report."""
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: write --data_dir={arguments[0]} if it is the folder.")
-    labels = flags.FLAGS.labels
-    cli.require("model_dir", "report_dir", *(() if labels else ("data_dir",)))
-    model_dirs = [
-        os.path.expanduser(path.strip()).rstrip("/") for path in flags.FLAGS.model_dir.split(",") if path.strip()
-    ]
+    run(flags.FLAGS)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Evaluates each model and writes its report, as the flags say."""
+    labels = values.labels
+    cli.require("model_dir", "report_dir", *(() if labels else ("data_dir",)), values=values)
+    model_dirs = [os.path.expanduser(path.strip()).rstrip("/") for path in values.model_dir.split(",") if path.strip()]
     repeated = [path for path in model_dirs if model_dirs.count(path) > 1]
     if repeated:
         raise UserError(f"--model_dir names {repeated[0]} more than once: pass different models.")
     for model_dir in model_dirs:
         classifier.check_model_dir(model_dir)  # before TensorFlow's import, which takes seconds
-    max_bad_fraction = flags.FLAGS.max_bad_fraction
-    with tfds.as_folder(label_file.data_dir_for(labels, flags.FLAGS.data_dir)) as data_dir:
+    max_bad_fraction = values.max_bad_fraction
+    with tfds.as_folder(label_file.data_dir_for(labels, values.data_dir)) as data_dir:
         folder = read_folder(data_dir, max_bad_fraction=max_bad_fraction, min_classes=1, labels_file=labels)
         cli.import_tensorflow()
 
@@ -72,12 +79,12 @@ def main(arguments: list[str]) -> None:
         labeled = LabeledFolder(
             data_dir=data_dir,
             folder=folder,
-            batch_size=flags.FLAGS.batch_size,
+            batch_size=values.batch_size,
             max_bad_fraction=max_bad_fraction,
-            min_precision=flags.FLAGS.min_precision,
-            language=flags.FLAGS.language,
+            min_precision=values.min_precision,
+            language=values.language,
         )
-        evaluation.evaluate_and_report(model_dirs, labeled, flags.FLAGS.report_dir)
+        evaluation.evaluate_and_report(model_dirs, labeled, values.report_dir)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ look. Writes inspect.json, inspect.html, sizes.png and label_issues.csv to --out
 if there is a problem.
 """
 
+import functools
 import os
 import shutil
-import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,31 +48,57 @@ class Problem(NamedTuple):
     details: list[str]
 
 
-def define_flags() -> None:
-    """Defines the flags of this command."""
-    flags.DEFINE_string("labels", "", "File of paths and labels, in place of folders per class, as in trainer.task.")
-    flags.DEFINE_string("data_dir", "", "Folder with one sub-folder of images per class, local or gs://; or tfds:NAME.")
-    flags.DEFINE_string("output_dir", "inspection", "Folder for inspect.json, inspect.html and sizes.png.")
-    flags.DEFINE_string("fix", "", "Folder to which bad files, and all files of equal content but the first, are moved; or a "
-                        "file *.txt, to which their paths are written, one per line.")  # fmt: skip
-    flags.DEFINE_string(
-        "weights", "", "Weights of a ResNet50, to list labels that are likely wrong: imagenet, or a path."
-    )
+class Inspected(NamedTuple):
+    """What the command prints and writes: the inspection, its problems, the doubtful labels if requested, and the page."""
+
+    result: Inspection
+    problems: list[Problem]
+    review: "LabelReview | None"
+    summary: dict[str, Any]
+    page: str  # HTML
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of this command in `values`."""
+    define_string = functools.partial(flags.DEFINE_string, flag_values=values)
+    define_string("labels", "", "File of paths and labels, in place of folders per class, as in trainer.task.")
+    define_string("data_dir", "", "Folder with one sub-folder of images per class, local or gs://; or tfds:NAME.")
+    define_string("output_dir", "inspection", "Folder for inspect.json, inspect.html and sizes.png.")
+    define_string("fix", "", "Folder to which bad files, and all files of equal content but the first, are moved; or a "
+                  "file *.txt, to which their paths are written, one per line.")  # fmt: skip
+    define_string("weights", "", "Weights of a ResNet50, to list labels that are likely wrong: imagenet, or a path.")
     flags.DEFINE_integer(
-        "image_size", config.DEFAULTS["image_size"], "Side in pixels of the images for --weights.", lower_bound=32
+        "image_size",
+        config.DEFAULTS["image_size"],
+        "Side in pixels of the images for --weights.",
+        lower_bound=32,
+        flag_values=values,
     )
-    flags.DEFINE_boolean("strict", False, "Exit with code 1 if there is a problem.")
+    flags.DEFINE_boolean("strict", False, "Exit with code 1 if there is a problem.", flag_values=values)
 
 
 def main(arguments: list[str]) -> int:
     """Inspects the folder; returns the exit code."""
     if arguments:
         raise UserError(f"{arguments[0]!r} is not a flag: pass --data_dir={arguments[0]} if it is the folder.")
+    found = run(flags.FLAGS)
+    data_dir = label_file.data_dir_for(flags.FLAGS.labels, flags.FLAGS.data_dir)
+    label_lines = _label_lines(found.result, found.review, flags.FLAGS.weights)
+    print("\n".join(_lines(found.result, found.problems, data_dir) + label_lines))
+    if found.result.to_remove() and not flags.FLAGS.fix and not flags.FLAGS.labels:
+        num_files = len(found.result.to_remove())
+        print(f"to move {num_files} bad files and copies away: {cli.this_command('--fix=removed')}")
+    print(f"page: {files.join(flags.FLAGS.output_dir, 'inspect.html')}")
+    return 1 if found.problems and flags.FLAGS.strict else 0
+
+
+def run(values: flags.FlagValues) -> Inspected:
+    """Inspects the folder and writes what the flags say; nothing without --output_dir and --fix."""
     labels, data_dir, output_dir, fix, weights, image_size = cli.flag_values(
-        ("labels", "data_dir", "output_dir", "fix", "weights", "image_size")
+        ("labels", "data_dir", "output_dir", "fix", "weights", "image_size"), values
     ).values()
     if not labels:
-        cli.require("data_dir")
+        cli.require("data_dir", values=values)
     elif fix:
         raise UserError(f"--fix={fix} lists files of class folders: with --labels, correct {labels}.")
     data_dir = label_file.data_dir_for(labels, data_dir)
@@ -82,20 +108,15 @@ def main(arguments: list[str]) -> int:
         _check_fix_folder(data_dir, fix)
     started = time.monotonic()
     with tfds.as_folder(data_dir) as directory:
-        result = inspection.inspect(directory, progress=sys.stderr.isatty(), labels_file=labels)
-        seconds = time.monotonic() - started
+        result = inspection.inspect(directory, progress=cli.shows_bars(), labels_file=labels)
+        seconds, num_files = time.monotonic() - started, len(result.inspected)
+        logging.info("%d files in %.1f s, %.0f per second.", num_files, seconds, num_files / seconds)
         problems = find_problems(result)
         review = _review_labels(result, directory, weights, image_size) if weights else None
-        _write(result, problems, review, directory, output_dir)
+        summary, page = _write(result, problems, review, directory, output_dir)
     if fix:
         (_write_fix if fix.endswith(".txt") else _move_to)(result, data_dir, fix)
-    print("\n".join(_lines(result, problems, data_dir) + _label_lines(result, review, weights)))
-    if result.to_remove() and not fix and not labels:
-        print(f"to move {len(result.to_remove())} bad files and copies away: {cli.this_command('--fix=removed')}")
-    num_files = len(result.inspected)
-    logging.info("%d files in %.1f s, %.0f per second.", num_files, seconds, num_files / seconds)
-    print(f"page: {files.join(output_dir, 'inspect.html')}")
-    return 1 if problems and flags.FLAGS.strict else 0
+    return Inspected(result, problems, review, summary, page)
 
 
 def find_problems(result: Inspection) -> list[Problem]:
@@ -214,24 +235,29 @@ def _shortened(lines: list[str], length: int, what: str) -> list[str]:
 
 def _write(
     result: Inspection, problems: list[Problem], review: "LabelReview | None", data_dir: str, output_dir: str
-) -> None:
-    files.make_directory(output_dir)
+) -> tuple[dict[str, Any], str]:
+    """Returns the summary and the page, and writes both and sizes.png and label_issues.csv if there is an `output_dir`."""
     summary = inspection.summary(result)
     doubtful = []
+    if output_dir:
+        files.make_directory(output_dir)
     if review:
-        JobDir(output_dir).write_label_issues(*review.listed(), result.class_names)
+        if output_dir:
+            JobDir(output_dir).write_label_issues(*review.listed(), result.class_names)
         rows = _label_rows(result, review)
         summary |= {"labels_examined": len(review.examples), "label_issues": rows}
         shown = [InspectedFile(row["path"], f"{row['label']} or rather {row['suggested_label']}?", "") for row in rows][
             :MAX_LABELS
         ]
         doubtful = thumbnails.of_groups(data_dir, [shown], num_groups=1, num_files=MAX_LABELS)[0]
-    files.write_json(files.join(output_dir, "inspect.json"), summary)
+    if output_dir:
+        files.write_json(files.join(output_dir, "inspect.json"), summary)
     histogram = ""
     if result.good:
         with plots.style():
             figure = plots.size_histogram(np.array([file.small_side for file in result.good]))
-            files.atomic_write(files.join(output_dir, "sizes.png"), plots.png(figure))
+            if output_dir:
+                files.atomic_write(files.join(output_dir, "sizes.png"), plots.png(figure))
             histogram = markupsafe.Markup(plots.svg_element(plots.svg(figure, "sizes")))
 
     def with_thumbnails(groups: list[list[InspectedFile]]) -> list[list[dict]]:
@@ -255,7 +281,9 @@ def _write(
         doubtful=doubtful,
         largest=max([1, *result.class_counts.values()]),
     )
-    files.atomic_write(files.join(output_dir, "inspect.html"), text)
+    if output_dir:
+        files.atomic_write(files.join(output_dir, "inspect.html"), text)
+    return summary, text
 
 
 def _write_fix(result: Inspection, data_dir: str, path: str) -> None:

@@ -35,8 +35,11 @@ from trainer.training.stages import StageInputs
 from trainer.training.trainer import HEAD, WHOLE_NETWORK, Callbacks, Trainer, TrainerOptions
 
 
-def run(prepared: PreparedJob) -> int:
-    """Trains and exports, or prints the plan of a dry run; returns the exit code."""
+def run(prepared: PreparedJob) -> str:
+    """Trains and exports; returns the result, or the plan of a dry run, as lines for a person.
+
+    Raises what failures.error_to_raise returns: TrainingInterrupted after a request to stop, when everything is saved.
+    """
     settings, cluster = prepared.settings, prepared.cluster
     watch = WorkerWatch(
         cluster,
@@ -54,7 +57,7 @@ def run(prepared: PreparedJob) -> int:
             worker_timeout_secs=settings.worker_timeout_secs,
         )
     except tf.errors.DeadlineExceededError as error:
-        return failures.exit_code(error, job_dir=settings.job_dir, cluster=cluster)
+        raise failures.error_to_raise(error, job_dir=settings.job_dir, cluster=cluster)  # noqa: B904
     prepared.stop.listen()
     precision, precision_reason = devices.choose_precision(settings.precision, machine.kind)
     trains_statistics = networks.updates_batch_statistics(settings.batch_norm, settings.weights)
@@ -71,12 +74,11 @@ def run(prepared: PreparedJob) -> int:
         "epochs_reason": prepared.epochs_reason,
     }
     if settings.dry_run:
-        print(plan.describe(settings, prepared.folder, prepared.split, resolved))
-        return 0
+        return plan.describe(settings, prepared.folder, prepared.split, resolved)
     paths = JobDir(settings.job_dir)
     finished = job_results.finished_run(prepared, paths)
-    if job_results.is_finished(finished, settings, is_chief=cluster.is_chief):
-        return 0
+    if result := job_results.finished_result(finished, settings, is_chief=cluster.is_chief):
+        return result
     if cluster.is_chief:
         files.make_directory(paths.checkpoints)
     cost = Cost(settings.price_per_hour, cluster.workers, settings.max_cost if cluster.is_chief else 0.0)
@@ -89,7 +91,9 @@ def run(prepared: PreparedJob) -> int:
         paths=paths,
         resolved=resolved,
         cost=cost,
-        progress=ProgressReporter(shows_bars=cli.shows_bars(), last_stage=last_stage, cost=cost),
+        progress=ProgressReporter(
+            shows_bars=cli.shows_bars(), last_stage=last_stage, cost=cost, started_at=prepared.started_at
+        ),
         images=_image_source(prepared, paths),
     )
     for line in plan.summary(settings, prepared.split, resolved, worker=cluster.index):
@@ -119,33 +123,36 @@ def _image_source(prepared: PreparedJob, paths: JobDir) -> ImageSource:
     )
 
 
-def _run_locked(job: Job, finished: FinishedRun) -> int:
-    """Trains and exports while this job holds the lock of job_dir; returns the exit code."""
+def _run_locked(job: Job, finished: FinishedRun) -> str:
+    """Trains and exports while this job holds the lock of job_dir; returns the result as lines for a person."""
     try:
         with _lock(job):
             if job.is_chief:
                 job.paths.remove_partial_files()
                 job_results.write_run_info(job)
             try:
-                _train_and_export(job, finished)
+                return _train_and_export(job, finished)
             except tf.errors.OpError as error:  # TensorFlow wraps what Python raised while it was reading
                 if job.images.failure:
                     raise job.images.failure from error
                 raise
     except Exception as error:
         job.progress.close()
-        return failures.exit_code(error, job_dir=job.settings.job_dir, cluster=job.prepared.cluster)
-    return 0
+        cluster = job.prepared.cluster
+        raise failures.error_to_raise(error, job_dir=job.settings.job_dir, cluster=cluster)  # noqa: B904
 
 
 def _lock(job: Job) -> contextlib.AbstractContextManager:
     if not job.is_chief:
         return contextlib.nullcontext()
-    return lock.hold(job.paths.checkpoints, on_lost=lambda: failures.exit_at_once(cli.EXIT_RETRY))
+    return lock.hold(job.paths.checkpoints, on_lost=job.prepared.on_lock_lost)
 
 
-def _train_and_export(job: Job, finished: FinishedRun) -> None:
-    """Raises TrainingInterrupted after a signal. At the cost limit, it exports the best weights so far."""
+def _train_and_export(job: Job, finished: FinishedRun) -> str:
+    """Returns the result as lines for a person. At the cost limit, it exports the best weights so far.
+
+    Raises TrainingInterrupted after a signal.
+    """
     with job.progress.phase("start"):
         network = _build_network(job)
     if not job.prepared.is_split_final:
@@ -155,7 +162,7 @@ def _train_and_export(job: Job, finished: FinishedRun) -> None:
             if interruption.reason != StopReason.COST_LIMIT:
                 raise
             job_results.log_cost_limit(job, has_model=False)
-            return
+            return ""
         finished = job_results.finished_run(job.prepared, job.paths)
     inputs = _stage_inputs(job, network)
     trainer = _make_trainer(job, network)
@@ -178,12 +185,13 @@ def _train_and_export(job: Job, finished: FinishedRun) -> None:
     trainer.wait()
     job.progress.close()
     if not writer:
-        return  # only the chief exports
+        return ""  # only the chief exports
     if is_stopped_by_cost:
         job_results.log_cost_limit(job, has_model=bool(trainer.best.epoch))
-    if trainer.best.epoch:
-        job.paths.write_bad_files(job.images.bad_files.values())
-        job_results.finish(job, finished, inputs, trainer, writer, is_stopped_by_cost=is_stopped_by_cost)
+    if not trainer.best.epoch:
+        return ""
+    job.paths.write_bad_files(job.images.bad_files.values())
+    return job_results.finish(job, finished, inputs, trainer, writer, is_stopped_by_cost=is_stopped_by_cost)
 
 
 def _fetch_shards(job: Job) -> None:
@@ -307,6 +315,7 @@ def _train(job: Job, inputs: StageInputs, trainer: Trainer, writer: ReportWriter
                 job.prepared.report_metrics(result.row)
                 job_results.write_epoch(job, trainer, is_best=result.is_best)
                 writer.after_epoch(result.row, result.times)
+                job.prepared.on_epoch(result.row)
                 result.times["saving_seconds"] += time.monotonic() - started  # in time.csv after the next epoch
 
 

@@ -47,14 +47,14 @@ def finished_run(prepared: PreparedJob, paths: JobDir) -> FinishedRun:
     )
 
 
-def is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> bool:
-    """Whether nothing is left to do in job_dir, which is then logged."""
+def finished_result(finished: FinishedRun, settings: Config, *, is_chief: bool) -> str:
+    """The result as lines for a person if nothing is left to do in job_dir, which is then logged; else an empty text."""
     values = finished.paths.read_metrics()
     if not values or values.get("epochs") != [settings.head_epochs, settings.epochs]:
-        return False
+        return ""
     if values.get("stopped_by_cost"):
         if not settings.max_cost or values["cost"] < settings.max_cost:
-            return False
+            return ""
         message = "The run in %s has reached its limit: it cost %.2f. To continue, raise --max_cost."
         logging.info(message, settings.job_dir, values["cost"])
     else:
@@ -72,8 +72,7 @@ def is_finished(finished: FinishedRun, settings: Config, *, is_chief: bool) -> b
                 else:  # the model card names the exports
                     live.write_all(settings.job_dir)
                 values = exported
-    _print_result(finished, values)
-    return True
+    return _describe_result(finished, values)
 
 
 def write_run_info(job: Job) -> None:
@@ -114,8 +113,11 @@ def finish(
     writer: ReportWriter,
     *,
     is_stopped_by_cost: bool,
-) -> None:
-    """Exports the best weights and writes the last files of a run. Raises UserError at its end if a format is refused."""
+) -> str:
+    """Exports the best weights and writes the last files of a run; returns the result as lines for a person.
+
+    Raises UserError at its end if a format is refused.
+    """
     phase = job.progress.phase
     with phase("review", "Reviewing the labels and looking for images that are alike."):
         features = job_stages.read_features(job.settings, inputs, feature_dir=job.feature_dir)
@@ -154,9 +156,11 @@ def finish(
         refusal = error
     with phase("report", "Writing the report."):
         writer.finish()
-    _print_result(finished, values)
+    result = _describe_result(finished, values)
     if refusal:
+        logging.info("%s", result)
         raise refusal
+    return result
 
 
 def _review_images(job: Job, inputs: StageInputs, features: ModelOutputs | None, trainer: Trainer) -> dict[str, Any]:
@@ -207,7 +211,7 @@ def _metrics(job: Job, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
+def _describe_result(finished: FinishedRun, values: dict[str, Any]) -> str:
     name = finished.validation.paths[0]
     example = name if files.is_remote(name) else files.join(finished.data_dir, name)
     model = shlex.quote(f"--model_dir={finished.model_dir}")
@@ -221,7 +225,7 @@ def _print_result(finished: FinishedRun, values: dict[str, Any]) -> None:
         f"test:   {cli.command('evaluate')} {model} --data_dir=NEW_IMAGES --report_dir=evaluation",
         f"serve:  {cli.command('serve')} {model}",
     ]
-    print("\n".join(lines), flush=True)
+    return "\n".join(lines)
 
 
 def _describe_accuracies(values: dict[str, Any]) -> list[str]:

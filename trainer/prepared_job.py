@@ -13,7 +13,7 @@ from trainer.models import backbones, networks
 from trainer.models.networks import Network
 from trainer.runtime.cluster import Cluster
 from trainer.runtime.devices import Devices
-from trainer.runtime.signals import StopSignal
+from trainer.runtime.signals import StopRequest
 from trainer.training.cost import Cost
 from trainer.training.interruption import StopReason
 from trainer.training.progress import ProgressReporter
@@ -23,8 +23,9 @@ from trainer.training.progress import ProgressReporter
 class PreparedJob:
     """What a command hands over: everything that is decided before TensorFlow starts.
 
-    `report_metrics` receives each row of the history. `build_network` is models.networks.build, or a function with the
-    same arguments.
+    `report_metrics` receives each row of the history, those of earlier starts too; `on_epoch` those of this start, when
+    the files of the epoch are written. `on_lock_lost` is called, on a thread, if another job has taken the job_dir; it must
+    end this one. `build_network` is models.networks.build, or a function with the same arguments.
     """
 
     settings: Config
@@ -35,8 +36,11 @@ class PreparedJob:
     fingerprint: str
     profile_range: tuple[int, int] | None
     epochs_reason: str  # why --epochs of `settings` has its value
-    stop: StopSignal
+    started_at: float  # in seconds of time.time
+    stop: StopRequest
     report_metrics: Callable[[dict], None]
+    on_epoch: Callable[[dict], None]
+    on_lock_lost: Callable[[], None]
     build_network: Callable[..., Network] = networks.build
     is_split_final: bool = True  # False: it does not know yet what is similar
 

@@ -15,11 +15,13 @@ Exit codes: 0 done; 2 you must change something, as the error says; 143 stopped 
 """
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from absl import flags, logging
 
@@ -30,19 +32,35 @@ from trainer.config import Config
 from trainer.data import label_file, sampler, splits
 from trainer.data.dataset import Folder, Split, check_layout, read_folder
 from trainer.errors import UserError
-from trainer.reporting import tuner_metrics
+from trainer.reporting import epoch_command, tuner_metrics
 from trainer.runtime import cluster
-from trainer.runtime.signals import StopSignal
+from trainer.runtime.signals import StopRequest, StopSignal
 from trainer.storage import files, preflight
+from trainer.training.interruption import TrainingInterrupted
 
 ADDRESS_TIMEOUT_SECS = 300  # for the names of the other workers to resolve
 DEMO = "demo"  # the --data_dir that is drawn
 DEMO_IMAGES_PER_CLASS = 160
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Host:
+    """What a job uses of the program that runs it: this command, or a program that calls trainer.train.
+
+    `environment` says whether the job is one of several workers, and a trial of a tuner. `make_stop` is called when the data
+    is read, and what it returns then asks the job to stop. The other fields are those of PreparedJob.
+    """
+
+    environment: Mapping[str, str]
+    make_stop: Callable[[], StopRequest]
+    on_lock_lost: Callable[[], None]
+    started_at: float
+    on_epoch: Callable[[dict[str, Any]], None] | None = None  # in place of --on_epoch
+
+
 def define_flags() -> None:
     """Defines the flags of this command, so that --help lists them as its own."""
-    config.define_flags()
+    config.define_flags(flags.FLAGS)
     flags.adopt_module_key_flags(config)
 
 
@@ -90,11 +108,31 @@ def _missing_data_dir(paths: JobDir) -> str:
 
 
 def run(settings: Config, *, build_network: Callable | None = None) -> int:
-    """Prepares and runs the job: data, earlier run, TensorFlow, training, export. Returns the exit code.
+    """Runs the job as this command, with its signals and its environment; prints the result and returns the exit code.
 
     `build_network` replaces models.networks.build; it takes the same arguments.
     """
-    this_worker = cluster.resolve(os.environ)
+    import psutil  # not at the top: on Windows, where it imports other modules, the command answers before this
+
+    host = Host(
+        environment=os.environ,
+        make_stop=functools.partial(StopSignal, exit_code=cli.EXIT_STOPPED),
+        on_lock_lost=functools.partial(cli.exit_at_once, cli.EXIT_RETRY),
+        started_at=psutil.Process().create_time(),
+    )
+    try:
+        result = prepare_and_run(settings, host, build_network=build_network)
+    except TrainingInterrupted:
+        logging.warning("Stopped; everything is saved in %s. The same command resumes the run.", settings.job_dir)
+        return cli.EXIT_STOPPED
+    if result:
+        print(result, flush=True)
+    return 0
+
+
+def prepare_and_run(settings: Config, host: Host, *, build_network: Callable | None = None) -> str:
+    """Prepares and runs the job: data, earlier run, TensorFlow, training, export. Returns and raises as job.run."""
+    this_worker = cluster.resolve(host.environment)
     _check_export_packages(settings.export_formats)
     with tempfile.TemporaryDirectory() as temporary:
         if settings.data_dir == DEMO:
@@ -125,9 +163,10 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
         if is_writing:
             preflight.check_local_directory(settings.job_dir, flag="job_dir")
         logging.info("Images: %s.", _describe_images(folder, split, origin))
-        stop = StopSignal(exit_code=cli.EXIT_STOPPED)
+        stop = host.make_stop()
         cli.import_tensorflow()
-        os.environ |= cluster.tensorflow_environment(this_worker)
+        if this_worker.workers > 1 or "TF_CONFIG" in host.environment:
+            os.environ |= cluster.tensorflow_environment(this_worker)
         cluster.check_addresses(this_worker, timeout_secs=ADDRESS_TIMEOUT_SECS)
 
         from trainer import job  # imports TensorFlow
@@ -144,8 +183,11 @@ def run(settings: Config, *, build_network: Callable | None = None) -> int:
             split_origin=origin,
             fingerprint=fingerprint,
             profile_range=profile_range,
+            started_at=host.started_at,
             stop=stop,
-            report_metrics=tuner_metrics.make_reporter(os.environ),
+            report_metrics=tuner_metrics.make_reporter(host.environment),
+            on_epoch=host.on_epoch or epoch_command.make_runner(settings.on_epoch, settings.job_dir),
+            on_lock_lost=host.on_lock_lost,
             build_network=build_network or job.networks.build,
             is_split_final=settings.group_by != "similar" or recorded is not None,
         )

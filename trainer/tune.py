@@ -121,7 +121,7 @@ class Outcome:
 
 def define_flags() -> None:
     """Defines the flags of trainer.task and those of the study."""
-    config.define_flags()
+    config.define_flags(flags.FLAGS)
     flags.adopt_module_key_flags(config)
     flags.DEFINE_integer("trials", 20, "Number of trials of the study, earlier ones included.", lower_bound=1)
     flags.DEFINE_list(

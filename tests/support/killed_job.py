@@ -16,8 +16,9 @@ import re
 import signal
 import sys
 
+import trainer.evaluate as evaluate  # `from trainer import evaluate` is the function of the Python API
 from tests.support import tiny_job
-from trainer import cli, evaluate, pack, predict, report, task, tune
+from trainer import cli, pack, predict, report, task, tune
 from trainer.storage import files, lock
 
 COMMANDS = {

@@ -24,15 +24,13 @@ def build(
 
     if rate := float(os.environ.get("CLOCK_RATE", "0")):
         loop.time = types.SimpleNamespace(monotonic=lambda: rate * time.monotonic())
-    keras.utils.set_random_seed(seed)
-    keras.config.set_dtype_policy(precision)
-    inputs = keras.Input([image_size, image_size, 3])
-    x = keras.layers.Conv2D(8, 5, strides=4, use_bias=False, name="convolution")(inputs)
-    norm = keras.layers.BatchNormalization(momentum=batch_norm_momentum, synchronized=True, name="norm")
-    norm.trainable = batch_norm != "frozen"
-    x = keras.layers.GlobalAveragePooling2D(dtype="float32", name="features")(keras.layers.ReLU()(norm(x)))
-    keras.config.set_dtype_policy("float32")
-    return networks.with_head(keras.Model(inputs, x), num_classes)
+    with networks.seeded(seed, precision):
+        inputs = keras.Input([image_size, image_size, 3])
+        x = keras.layers.Conv2D(8, 5, strides=4, use_bias=False, name="convolution")(inputs)
+        norm = keras.layers.BatchNormalization(momentum=batch_norm_momentum, synchronized=True, name="norm")
+        norm.trainable = batch_norm != "frozen"
+        x = keras.layers.GlobalAveragePooling2D(dtype="float32", name="features")(keras.layers.ReLU()(norm(x)))
+        return networks.with_head(keras.Model(inputs, x), num_classes)
 
 
 def main(arguments: list[str]) -> int:

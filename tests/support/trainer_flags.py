@@ -1,6 +1,6 @@
 """The flags of commands, apart from those of the process that runs the tests."""
 
-import functools
+import inspect
 
 import pytest
 from absl import flags
@@ -12,10 +12,16 @@ from trainer.config import DEFAULTS, Config
 def flags_of(define_flags) -> flags.FlagValues:
     """The flags that a command defines."""
     values = flags.FlagValues()
+    if inspect.signature(define_flags).parameters:
+        define_flags(values)
+        return values
+
+    def define_here(define):
+        return lambda *arguments, **keywords: define(*arguments, **{**keywords, "flag_values": values})
+
     with pytest.MonkeyPatch.context() as patch:
-        for kind in ("string", "integer", "float", "boolean", "enum", "list", "flag"):
-            define = getattr(flags, f"DEFINE_{kind}")
-            patch.setattr(flags, f"DEFINE_{kind}", functools.partial(define, flag_values=values))
+        for name in [name for name in dir(flags) if name.startswith("DEFINE_")]:
+            patch.setattr(flags, name, define_here(getattr(flags, name)))
         define_flags()
     return values
 

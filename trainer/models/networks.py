@@ -3,8 +3,10 @@
 Shapes: B images, S pixels to a side, F features, C classes.
 """
 
+import contextlib
 import hashlib
 import os
+import random
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -51,22 +53,34 @@ def build(
     frozen for pretrained weights, trained for random ones; `batch_norm_momentum` is that of trained statistics. Raises
     UserError if the weights are not available or do not fit.
     """
-    keras.utils.set_random_seed(seed)
-    previous_policy = keras.config.dtype_policy()
+    with seeded(seed, precision):
+        base = _with_weights(backbone, image_size, weights)
+        for layer in base.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                # Per layer: the `training` argument of the outer model overrides that of a nested call (keras#20285).
+                layer.trainable = updates_batch_statistics(batch_norm, weights)
+                layer.synchronized = True  # statistics of the global batch on any number of replicas
+                layer.momentum = batch_norm_momentum
+        pooling = keras.layers.GlobalAveragePooling2D if head == "average" else keras.layers.Flatten
+        features = pooling(dtype="float32", name="features")(base.output)
+        return with_head(keras.Model(base.input, features, name="backbone"), num_classes)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, precision: str) -> Iterator[None]:
+    """Layers that are built in the block draw their weights from `seed` and compute in the Keras dtype policy `precision`.
+
+    Keras draws the seed of a layer from Python's random numbers, which continue afterwards as if nothing had been drawn:
+    the program around the job has its own.
+    """
+    state, policy = random.getstate(), keras.config.dtype_policy()
+    random.seed(seed)
     keras.config.set_dtype_policy(precision)  # keras.applications has no argument for it
     try:
-        base = _with_weights(backbone, image_size, weights)
+        yield
     finally:
-        keras.config.set_dtype_policy(previous_policy)
-    for layer in base.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            # Per layer, because the `training` argument of the outer model overrides that of a nested call (keras#20285).
-            layer.trainable = updates_batch_statistics(batch_norm, weights)
-            layer.synchronized = True  # statistics of the global batch on any number of replicas
-            layer.momentum = batch_norm_momentum
-    pooling = keras.layers.GlobalAveragePooling2D if head == "average" else keras.layers.Flatten
-    features = pooling(dtype="float32", name="features")(base.output)
-    return with_head(keras.Model(base.input, features, name="backbone"), num_classes)
+        keras.config.set_dtype_policy(policy)
+        random.setstate(state)
 
 
 def with_head(backbone: keras.Model, num_classes: int) -> Network:

@@ -10,16 +10,39 @@ from types import FrameType
 from absl import logging
 
 
-class StopSignal:
-    """Remembers that SIGTERM or SIGINT arrived. `exit_code` is that of a process which a second signal ends at once.
+class StopRequest:
+    """Whether the job is asked to stop, and since when."""
+
+    def __init__(self) -> None:
+        self._arrived_at: float | None = None
+
+    def set(self) -> None:
+        """Asks the job to save and to stop."""
+        self._arrived_at = self._arrived_at or time.monotonic()
+
+    def is_set(self) -> bool:
+        """Whether the job is asked to stop."""
+        return self._arrived_at is not None
+
+    @property
+    def arrived_at(self) -> float | None:
+        """When the job was asked to stop, in seconds of time.monotonic; None if it was not."""
+        return self._arrived_at
+
+    def listen(self) -> None:
+        """Called after TensorFlow has started, which may have replaced the handlers of signals."""
+
+
+class StopSignal(StopRequest):
+    """A StopRequest by SIGTERM or SIGINT. `exit_code` is that of a process which a second signal ends at once.
 
     A thread receives the signals. Python calls a handler between two instructions of the main thread, so it would never
     call one while TensorFlow waits in that thread for a worker that is gone.
     """
 
     def __init__(self, *, exit_code: int) -> None:
+        super().__init__()
         self._exit_code = exit_code
-        self._arrived_at: float | None = None
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -43,19 +66,10 @@ class StopSignal:
                     self._on_signal(number)
 
     def _on_signal(self, number: int) -> None:
-        if self._arrived_at is not None:
+        if self.is_set():
             os._exit(self._exit_code)
-        self._arrived_at = time.monotonic()
+        self.set()
         logging.warning("%s: saving, then exiting. A second signal exits at once.", signal.Signals(number).name)
-
-    def is_set(self) -> bool:
-        """Whether the job is asked to stop."""
-        return self._arrived_at is not None
-
-    @property
-    def arrived_at(self) -> float | None:
-        """When the job was asked to stop, in seconds of time.monotonic; None if it was not."""
-        return self._arrived_at
 
 
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from trainer.runtime.cluster import Cluster
-from trainer.runtime.signals import StopSignal
+from trainer.runtime.signals import StopRequest
 
 STOP_GRACE_SECS = 20.0  # after a signal, for what the workers do together; Kubernetes gives 30 s in all
 CONNECT_SECS = 2.0
@@ -41,7 +41,7 @@ class WorkerWatch:
         cluster: Cluster,
         *,
         timeout_secs: float,
-        stop: StopSignal,
+        stop: StopRequest,
         on_timeout: Callable[[str], None],
         on_stop: Callable[[str], None],
     ):

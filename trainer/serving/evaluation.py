@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import io
 import platform
-import sys
 import time
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from trainer import cli
 from trainer.artifacts import run_record
 from trainer.artifacts.job_dir import PAGE_NAME, JobDir, write_class_names
 from trainer.artifacts.metrics import (
@@ -97,7 +97,7 @@ def evaluate(model_dir: str, labeled: LabeledFolder) -> Evaluation:
             examples.paths.tolist(),
             batch_size=labeled.batch_size,
             total=len(examples),
-            progress=sys.stderr.isatty(),
+            progress=cli.shows_bars(),
             read=functools.partial(shards.read, labeled.data_dir),
         )
     )

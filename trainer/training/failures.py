@@ -1,6 +1,6 @@
-"""Why a job ended before its end: what it logs, and its exit code."""
+"""Why a job ended before its end: the error that it raises."""
 
-import os
+import errno
 import time
 from typing import NoReturn
 
@@ -28,18 +28,17 @@ LOST_WORKER_ERRORS = (
 COLLECTIVE_SECS = 5.0
 
 
-def exit_code(error: Exception, *, job_dir: str, cluster: Cluster) -> int:
-    """Logs why the job ended and returns its exit code.
+def error_to_raise(error: Exception, *, job_dir: str, cluster: Cluster) -> Exception:
+    """The error that the job raises in place of `error`.
 
-    Raises UserError if the user must change something, and the error itself if it is none that a job expects. Ends the
-    process if another worker is gone, and for a UserError that the others may not have.
+    UserError if the user must change something; TrainingInterrupted; TimeoutError of a bucket; else the error itself,
+    which no job expects. Ends the process if another worker is gone, and for a UserError that the others may not have.
     """
     if isinstance(error, TrainingInterrupted):
-        logging.warning("Stopped; everything is saved in %s. The same command resumes the run.", job_dir)
-        return cli.EXIT_STOPPED
+        return error
     if isinstance(error, TimeoutError):  # of a bucket
-        logging.error("%s: %s. The last checkpoint in %s is complete.", error.filename, error.strerror, job_dir)
-        return cli.EXIT_RETRY
+        reason = f"{error.strerror or error}. The last checkpoint in {job_dir} is complete"
+        return TimeoutError(error.errno or errno.ETIMEDOUT, reason, error.filename or job_dir)
     if isinstance(error, LOST_WORKER_ERRORS) and cluster.workers > 1 and not cli.memory_error(error):
         lost = worker_watch.describe_unreachable(cluster, error.message)
         leave_other_workers(f"A worker exited or cannot be reached: {lost}", code=cli.EXIT_RETRY)
@@ -47,8 +46,8 @@ def exit_code(error: Exception, *, job_dir: str, cluster: Cluster) -> int:
     if fixable and cluster.workers > 1:
         cli.print_error(fixable)
         time.sleep(COLLECTIVE_SECS)
-        exit_at_once(cli.EXIT_USER_ERROR)
-    raise fixable or error
+        cli.exit_at_once(cli.EXIT_USER_ERROR)
+    return fixable or error
 
 
 def _as_user_error(error: Exception, job_dir: str) -> UserError | None:
@@ -65,10 +64,4 @@ def leave_other_workers(reason: str, *, code: int) -> NoReturn:
     """Logs the reason and ends the process at once: an orderly exit would wait for the workers."""
     advice = "start all workers again; they resume from the last complete checkpoint"
     logging.error("%s. To do: see the log of that worker, then %s.", reason, advice)
-    exit_at_once(code)
-
-
-def exit_at_once(code: int) -> NoReturn:
-    """Ends the process without waiting for anything."""
-    logging.flush()
-    os._exit(code)
+    cli.exit_at_once(code)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 from absl import logging
 from tqdm import tqdm
 
@@ -33,10 +32,11 @@ _HEADER = "epoch  stage            loss  accuracy  val_loss  val_accuracy"
 class ProgressReporter:
     """Shows what the job does, with the time left for the epoch and for the job, and measures its phases."""
 
-    def __init__(self, *, shows_bars: bool, last_stage: str, cost: Cost):
-        """`last_stage` is the name of the last stage of the job."""
+    def __init__(self, *, shows_bars: bool, last_stage: str, cost: Cost, started_at: float | None = None):
+        """`last_stage` is the name of the last stage of the job, `started_at` when it started, in time.time(); None: now."""
         self.phase_seconds: dict[str, float] = collections.defaultdict(float)  # of this start of the job
         self._shows_bars, self._last_stage, self._cost = shows_bars, last_stage, cost
+        self._started_at = time.time() if started_at is None else started_at
         self._bar: tqdm | None = None
         self._logged_at = time.monotonic()
         self._has_started = self._has_header = self._is_advised = False
@@ -71,7 +71,7 @@ class ProgressReporter:
         """Shows the totals of the epoch so far; `epochs_left` counts the epochs of the stage after this one."""
         if not self._has_started:
             self._has_started = True
-            logging.info("First steps done, %.1f s after the start.", time.time() - psutil.Process().create_time())
+            logging.info("First steps done, %.1f s after the start.", time.time() - self._started_at)
         self._steps_done_at = time.monotonic()
         self._first_call = self._first_call or (epoch, totals.steps, totals.seconds)
         examples, seconds = max(totals.examples, 1), max(totals.seconds, 1e-9)
