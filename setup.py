@@ -11,7 +11,7 @@ setup(
     # The flag files are deploy/flags in a clone and trainer/flags in the wheel: `--flagfile=article` finds both.
     packages=[*find_packages(include=["trainer", "trainer.*"]), "trainer.flags"],
     package_dir={"trainer.flags": "deploy/flags"},
-    package_data={"trainer": ["spanish.toml"], "trainer.reporting": ["templates/*"], "trainer.flags": ["*.flags"]},
+    package_data={"trainer": ["py.typed", "spanish.toml"], "trainer.reporting": ["templates/*"], "trainer.flags": ["*.flags"]},
     entry_points={"console_scripts": ["picture-trainer = trainer.__main__:main"]},
     install_requires=[
         "absl-py>=2.1",
@@ -60,7 +60,9 @@ setup(
             # Checks and tests.
             "coverage>=7.10",
             "hypothesis>=6.100",
+            "ipykernel>=6.29",
             "mypy>=1.15",
+            "nbclient>=0.10",
             "playwright>=1.45",
             "pytest>=8.2",
             "pytest-timeout>=2.3",

@@ -22,6 +22,7 @@ TRAINER = ROOT / "trainer"
 COMMANDS = ["task", "predict", "evaluate", "report", "inspect_data", "tune", "benchmark", "serve", "pack"]
 PACKAGES = ["storage", "runtime", "data", "models", "artifacts", "training", "serving", "reporting", "benchmarks"]
 _MODULES = (
+    "api",
     "job",
     "job_results",
     "prepared_job",
@@ -44,8 +45,10 @@ PROJECT = {
         "especificaciones de Vertex AI, Kubernetes y la imagen, archivos de opciones, y su README",
     ),
     "docs/": (
-        "tutorial, architecture, image formats, buckets, choice of the defaults, benchmark, screenshots, and scripts",
-        "tutorial, arquitectura, formatos de imagen, buckets, elección de los valores, medidas, capturas y scripts",
+        "tutorial, notebook, architecture, trackers, image formats, buckets, choice of the defaults, benchmark, screenshots, "
+        "and scripts",
+        "tutorial, cuaderno, arquitectura, seguimiento, formatos de imagen, buckets, elección de los valores, medidas, "
+        "capturas y scripts",
     ),
     "scripts/": (
         "fresh_check: `make demo` and `make test` in a fresh clone; gpu_check: one page on a GPU; audit: vulnerabilities",
@@ -85,6 +88,7 @@ SPANISH_TRAINER = {
     "benchmark.py": "mide este proyecto frente a las alternativas",
     "serve.py": "sirve un modelo por HTTP",
     "pack.py": "empaqueta archivos pequeños en fragmentos TFRecord",
+    "api.py": "las órdenes como funciones de Python, para cuadernos y otros programas",
     "job.py": "el trabajo completo: de los datos preparados al modelo exportado y al informe",
     "job_results.py": "lo que escribe un trabajo: sus archivos y el modelo exportado",
     "prepared_job.py": "los valores de un trabajo, preparados por un comando",

@@ -342,7 +342,7 @@ class Config:
     on_epoch: str = flag(
         "",
         "Shell command that the chief runs after each epoch, with the epoch's row of history.csv as JSON on standard input, "
-        "as for an experiment tracker (docs/trackers.md). After 30 seconds it is killed. Its failure is logged.",
+        "as for an experiment tracker (docs/trackers.md). After 60 seconds it is killed. Its failure is logged.",
         resumable=True,
         per_worker=True,
     )

@@ -10,8 +10,8 @@ from typing import Any
 
 from absl import logging
 
-TIMEOUT_SECS = 30.0
-MAX_TIMEOUTS = 3  # after which the command is not run again, so that it delays a job by 90 s at most
+TIMEOUT_SECS = 60.0
+MAX_TIMEOUTS = 3  # after which the command is not run again, so that it delays a job by three minutes at most
 
 
 def make_runner(command: str, job_dir: str) -> Callable[[dict[str, Any]], None]:

@@ -51,8 +51,9 @@ def start(
     gpus = tf.config.list_physical_devices("GPU")
     _check_gpus(gpus, require_gpu)
     for device in gpus:
-        # Leaves unused memory to other processes. TensorFlow refuses it for a card that is split into logical devices.
-        if tf.config.get_logical_device_configuration(device) is None:
+        # Leaves unused memory to other processes. TensorFlow refuses it for a card that is split into logical devices, and
+        # for one that the program has started which calls trainer.train.
+        with contextlib.suppress(RuntimeError, ValueError):
             tf.config.experimental.set_memory_growth(device, True)
     kind = "GPU" if gpus else "CPU"
     if cluster.workers > 1:
