@@ -191,6 +191,7 @@ def test_evaluate_and_inspect_return_what_the_commands_write(tiny_model_dir, tmp
         ("train", {"max_cost": 1.0}, "--max_cost is 1.0, but --price_per_hour is not set"),
         ("train", {"job_dir": ""}, "--job_dir is not set"),
         ("train", {"dry_run": True}, "--dry_run is for the command trainer.task"),
+        ("train", {"on_epoch": 3}, "on_epoch is a int, expected a function of one row, or a command as text"),
         ("train", {}, "nowhere does not exist"),
         ("load", {}, "--model_dir=nowhere holds neither saved_model.pb nor config.json"),
         ("evaluate", {"report_dir": ""}, "--report_dir is not set"),

@@ -205,39 +205,21 @@ def _train(
     build_network: Callable | None = None,
 ) -> Result:
     """As train; `build_network` replaces models.networks.build."""
-    for name in COMMAND_FLAGS:
-        if name in flag_values:
-            raise UserError(
-                f"--{name} is for the command trainer.task: leave it out, or pass quiet=True for less output."
-            )
-    given = {"data_dir": data_dir, "job_dir": job_dir, **flag_values}
-    given |= {"on_epoch": on_epoch} if isinstance(on_epoch, str) else {}
-    parsed = cli.parse(config.define_flags, given)
-    names = [name for name in config.DEFAULTS if name in parsed]
-    values = recipes.with_recipe(cli.flag_values(names, parsed), given)
-    settings = task.with_environment(Config(**values), {})
-    stop = StopRequest()
-    errors: list[BaseException] = []
-
-    def stop_for(error: BaseException) -> None:
-        errors.append(error)
-        stop.set()
-
-    def call_on_epoch(row: dict[str, Any]) -> None:
-        try:
-            assert callable(on_epoch)
-            on_epoch(dict(row))
-        except BaseException as error:
-            stop_for(error)
-
+    if isinstance(on_epoch, str):
+        flag_values, on_epoch = {**flag_values, "on_epoch": on_epoch}, None
+    elif on_epoch is not None and not callable(on_epoch):
+        raise UserError(
+            f"on_epoch is a {type(on_epoch).__name__}, expected a function of one row, or a command as text."
+        )
+    settings = _settings({"data_dir": data_dir, "job_dir": job_dir, **flag_values})
+    stop = _Stop()
     lock_lost = UserError(f"Another job has taken {settings.job_dir}: wait until it ends, or pass another --job_dir.")
-
     host = task.Host(
         environment={},  # of a cluster or a tuner, which start commands
         make_stop=lambda: stop,
-        on_lock_lost=functools.partial(stop_for, lock_lost),
+        on_lock_lost=functools.partial(stop.set_for, lock_lost),
         started_at=time.time(),
-        on_epoch=call_on_epoch if callable(on_epoch) else None,
+        on_epoch=None if on_epoch is None else functools.partial(_call_on_epoch, on_epoch, stop),
     )
 
     def run() -> None:
@@ -247,15 +229,44 @@ def _train(
     try:
         _in_own_thread(run, quiet=quiet, stop=stop)
     except TrainingInterrupted:
-        if not errors:
+        if stop.error is None:
             raise
-    if errors:
-        raise errors[0]
+    if stop.error is not None:
+        raise stop.error
     paths = JobDir(settings.job_dir)
     metrics = paths.read_metrics()
     if metrics is None:
         raise UserError(f"The run in {paths.root} has reached --max_cost before its first epoch ended: raise it.")
     return Result(paths, settings.model_dir, metrics, run_record.read(paths.root).history)
+
+
+def _settings(given: dict[str, Any]) -> Config:
+    """The configuration of a run from the flags that are given. Raises UserError."""
+    for name in COMMAND_FLAGS:
+        if name in given:
+            raise UserError(
+                f"--{name} is for the command trainer.task: leave it out, or pass quiet=True for less output."
+            )
+    parsed = cli.parse(config.define_flags, given)
+    values = cli.flag_values([name for name in config.DEFAULTS if name in parsed], parsed)
+    return task.with_environment(Config(**recipes.with_recipe(values, given)), {})
+
+
+class _Stop(StopRequest):
+    """A StopRequest with the error to raise when the run has stopped."""
+
+    error: BaseException | None = None
+
+    def set_for(self, error: BaseException) -> None:
+        self.error = error
+        self.set()
+
+
+def _call_on_epoch(on_epoch: Callable[[dict[str, Any]], None], stop: _Stop, row: dict[str, Any]) -> None:
+    try:
+        on_epoch(dict(row))
+    except BaseException as error:
+        stop.set_for(error)
 
 
 def load(model_dir: str | os.PathLike) -> Classifier:
