@@ -1,6 +1,7 @@
 """The Python API: the same results and messages as the commands, and the program that calls it stays as it was."""
 
 import io
+import json
 import logging
 import os
 import random
@@ -24,7 +25,7 @@ from trainer.errors import UserError
 FLAGS = {
     "weights": "none",
     "head_epochs": 0,
-    "epochs": 3,
+    "epochs": 5,
     "image_size": 32,
     "batch_size": 8,
     "learning_rate": 1e-2,
@@ -42,7 +43,8 @@ def train(data_dir, job_dir, *, on_epoch=None, **flags):
 
 
 def without_times(history):
-    return [{name: row[name] for name in row if name not in ("seconds", "images_per_second")} for row in history]
+    left_out = ("seconds", "images_per_second", "job_dir")
+    return [{name: row[name] for name in row if name not in left_out} for row in history]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_the_result_has_what_is_in_the_job_dir(finished, images):
     result, rows = finished
     assert result.paths.root == str(images.parent / "job")
     assert result.history == rows
-    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
     assert result.metrics["val_accuracy"] == max(row["val_accuracy"] for row in rows)
     assert result.classifier.class_names == ("cat", "dog")
     assert result.report.page.startswith("<!DOCTYPE html>")
@@ -109,23 +111,31 @@ def test_a_second_run_with_another_seed_and_precision_leaves_the_process_as_it_w
     assert not (images.parent / "other" / "metrics.json").exists()
 
 
+@pytest.fixture
+def interrupts():
+    """SIGINT raises KeyboardInterrupt in the main thread, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
-def test_an_interrupted_run_is_saved_and_resumes_to_the_same_result(finished, images):
-    job_dir = images.parent / "interrupted"
-
-    def interrupt(row):
-        os.kill(os.getpid(), signal.SIGINT)  # as a notebook does; Python raises KeyboardInterrupt in the main thread
-
+def test_an_interrupted_run_is_saved_and_resumes_as_if_nothing_had_happened(finished, images, interrupts):
+    job_dir, log = images.parent / "interrupted", images.parent / "log.jsonl"
     with pytest.raises(KeyboardInterrupt, match="The run is saved"):
-        train(images, job_dir, on_epoch=interrupt)
+        train(images, job_dir, on_epoch=f"cat >> {log}; kill -INT {os.getpid()}")
     assert not (job_dir / "metrics.json").exists()
-    assert len(list((job_dir / "checkpoints").glob("0*.npz"))) > 0
-    log = images.parent / "log.jsonl"
-    resumed = train(images, job_dir, on_epoch=f"cat >> {log}")
-    assert without_times(resumed.history) == without_times(finished[0].history)
-    epochs = log.read_text().count('"epoch"')
-    assert 1 <= epochs < 3  # of the second start
-    assert train(images, job_dir).metrics == resumed.metrics  # a finished run only gives its result
+    logged = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = []
+
+    def stop_again(row):
+        rows.append(row)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(images, job_dir, on_epoch=stop_again)
+    assert [row["epoch"] for row in logged + rows] == list(range(1, len(logged) + 2))  # each epoch once
+    assert without_times(logged + rows) == without_times(finished[0].history[: len(logged) + 1])
 
 
 @pytest.mark.slow
