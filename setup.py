@@ -11,7 +11,11 @@ setup(
     # The flag files are deploy/flags in a clone and trainer/flags in the wheel: `--flagfile=article` finds both.
     packages=[*find_packages(include=["trainer", "trainer.*"]), "trainer.flags"],
     package_dir={"trainer.flags": "deploy/flags"},
-    package_data={"trainer": ["py.typed", "spanish.toml"], "trainer.reporting": ["templates/*"], "trainer.flags": ["*.flags"]},
+    package_data={
+        "trainer": ["py.typed", "spanish.toml"],
+        "trainer.reporting": ["templates/*"],
+        "trainer.flags": ["*.flags"],
+    },
     entry_points={"console_scripts": ["picture-trainer = trainer.__main__:main"]},
     install_requires=[
         "absl-py>=2.1",
