@@ -203,7 +203,7 @@ def test_evaluate_and_inspect_return_what_the_commands_write(tiny_model_dir, tmp
         ("train", {"dry_run": True}, "--dry_run is for the command trainer.task"),
         ("train", {"on_epoch": 3}, "on_epoch is a int, expected a function of one row, or a command as text"),
         ("train", {}, "nowhere does not exist"),
-        ("load", {}, "--model_dir=nowhere holds neither saved_model.pb nor config.json"),
+        ("load", {}, "--model_dir=nowhere does not exist"),
         ("evaluate", {"report_dir": ""}, "--report_dir is not set"),
         ("evaluate", {"report_dir": "r", "batch_size": 0}, "flag --batch_size=0: 0 is not a positive integer"),
         ("evaluate", {"report_dir": "r"}, "nowhere does not exist"),
@@ -244,7 +244,7 @@ logging.getLogger("absl").info("not shown")
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert answer.stdout == "The backend of Keras is jax, expected tensorflow: unset KERAS_BACKEND.\n", answer.stderr
-    assert ("Training and validation:" in answer.stderr) is not quiet
+    assert ("Images:" in answer.stderr) is not quiet
     assert answer.stderr.count("\n") == (0 if quiet else 1)
 
 
