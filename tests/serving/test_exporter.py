@@ -53,10 +53,8 @@ def test_a_finished_run_adds_formats_that_are_requested_later(tmp_path):
         return process.stdout
 
     onnx_path = converters.path(paths.exports, "onnx")
-    output = run("tflite_int8,tflite", "-c", REFUSING, returncode=2)  # all but what is refused is there
+    run("tflite_int8,tflite", "-c", REFUSING, returncode=2)  # all but what is refused is there
     assert sorted(os.listdir(paths.exports)) == ["input.json", "labels.txt", "model.tflite"]
-    assert "model.tflite" in output
-    assert "int8" not in output
     assert all(os.path.exists(path) for path in (paths.metrics, paths.report_page, paths.model_card))
     before = contents_and_time(paths.history), contents_and_time(converters.path(paths.exports, "tflite"))
     assert "| tflite_int8 |" not in pathlib.Path(paths.model_card).read_text()
