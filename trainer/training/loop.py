@@ -148,7 +148,8 @@ class TrainingLoop:
         factors, num_parts = self._dropout_factors(batch), self._accumulate_steps
         if num_parts == 1:
             return self._part_gradients(batch, factors, scale)
-        rows = {**batch, "factors": tf.broadcast_to(factors, [len(batch["label"]), self.head.input_shape[-1]])}
+        size = tf.shape(batch["label"])[0]
+        rows = {**batch, "factors": tf.broadcast_to(factors, [size, self.head.input_shape[-1]])}
         parts = {name: tf.reshape(value, [num_parts, -1, *value.shape[1:]]) for name, value in rows.items()}
 
         def add_part(i: tf.Tensor, loss: tf.Tensor, correct: tf.Tensor, grads: list) -> tuple:
