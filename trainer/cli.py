@@ -258,7 +258,7 @@ def import_tensorflow() -> None:
     backend = keras.config.backend() if keras else os.environ["KERAS_BACKEND"]
     if backend != "tensorflow":
         raise UserError(f"The backend of Keras is {backend}, expected tensorflow: unset KERAS_BACKEND.")
-    if "tensorflow" in sys.modules:
+    if sys.modules.get("tensorflow"):
         return
     python_logging.getLogger("tensorflow").setLevel(python_logging.WARNING)
     sys.stderr.flush()
