@@ -112,7 +112,7 @@ def test_the_page_compares_the_models(chromium, compared, width, color_scheme):
         assert "Model 1 is more accurate than model 3, by 50.0\u00a0% of the images" in text
         assert "<b>cat" in text
         page.get_by_role("link", name="report").first.click()
-        assert page.title() == "data: 100.00\u00a0%"
+        assert page.title() == "data: 100\u00a0%"
 
 
 def test_the_same_model_twice_is_a_user_error(tmp_path):

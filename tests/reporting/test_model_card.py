@@ -18,7 +18,7 @@ def test_the_card_has_the_metrics_and_fields_to_fill_in(job_dir):
     model_card.write(job_dir)
     card = pathlib.Path(JobDir(job_dir).model_card).read_text()
     assert "16 training images, 8 validation images, 1 unreadable files skipped" in card
-    assert "| accuracy | 75.00\u00a0% | 40.9\u00a0% to 92.9\u00a0% |" in card
+    assert "| accuracy | 75\u00a0% | 41\u00a0% to 93\u00a0% |" in card
     assert r"| \<script\>alert(1)\< | 4 | 2 |" in card
     assert "cost 0.08 at 3.5 per machine and hour" in card
     assert "`--batch_size=24`" in card

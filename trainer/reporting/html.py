@@ -36,6 +36,7 @@ def environment(*, is_html: bool) -> jinja2.Environment:
     result.install_gettext_callables(formatting.translation, _plural_translation, newstyle=True)  # type: ignore[attr-defined]
     result.filters |= {
         "percent": formatting.percent,
+        "percent_of": lambda fraction, total: formatting.share(fraction * total, total),
         "number": formatting.number,
         "decimal": formatting.decimal,
         "general": formatting.general,
