@@ -132,7 +132,7 @@ def accuracy_suite(
             f"--image_size={image_size}",
         ]
         process = TimedProcess([*task, *flags, *(RANDOM_WEIGHTS_FLAGS if weights == "none" else ())])
-        metrics = _follow_epochs(process, r"val_accuracy (\S+?)[,\s]")
+        metrics = _follow_epochs(process, r"\((?P<correct>\d+) of (?P<total>\d+)\)")  # in the row of an epoch
         metrics["seconds"] = process.wait(0)
         budgets.append(budget_factor * min(metrics["seconds_to_goal"], metrics["seconds"]))
         return metrics
@@ -141,7 +141,7 @@ def accuracy_suite(
         budget = budgets[-1]
         command = python_command(train_article_recipe, split_dir, weights, image_size)
         process = TimedProcess(command, limit_seconds=budget)
-        metrics = _follow_epochs(process, r"val_accuracy=(\S+)")
+        metrics = _follow_epochs(process, r"val_accuracy=(?P<accuracy>\S+)")
         metrics["seconds"] = process.wait(0, -signal.SIGKILL)
         # A recipe that does not reach the goal counts with the time that it had; the ratio is then a lower bound.
         metrics["seconds_to_goal"] = min(metrics["seconds_to_goal"], max(budget, metrics["seconds"]))
@@ -169,12 +169,17 @@ def accuracy_suite(
 
 
 def _follow_epochs(process: TimedProcess, pattern: str) -> Metrics:
-    """Reads the validation accuracy of each epoch until the process exits; `seconds_to_goal` inf if not reached."""
+    """Reads the validation accuracy of each epoch until the process exits; `seconds_to_goal` inf if not reached.
+
+    `pattern` has either the group `accuracy` or the groups `correct` and `total`.
+    """
     best_accuracy, seconds_to_goal = 0.0, float("inf")
     for seconds, line in process.lines():
         match = re.search(pattern, line)
         if match:
-            best_accuracy = max(best_accuracy, float(match[1]))
+            values = {name: float(value) for name, value in match.groupdict().items()}
+            accuracy = values["accuracy"] if "accuracy" in values else values["correct"] / values["total"]
+            best_accuracy = max(best_accuracy, accuracy)
             if best_accuracy >= ARTICLE_ACCURACY:
                 seconds_to_goal = min(seconds_to_goal, seconds)
     return {"seconds_to_goal": seconds_to_goal, "best_val_accuracy": best_accuracy}
