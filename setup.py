@@ -52,13 +52,15 @@ setup(
         "export": ["ai-edge-litert>=2.1", "onnx>=1.18", "onnxruntime>=1.22", "tf2onnx>=1.17"],  # --export_formats
         "deploy": ["google-cloud-aiplatform>=2.0", "pyyaml>=6.0"],  # deploy/submit.py
         "tune": ["optuna>=4.5"],  # trainer.tune
+        "heic": ["pillow-heif>=1.1"],  # trainer.pack --convert, for HEIC
         "dev": [
-            # The extras export, deploy and tune.
+            # The extras export, deploy, tune and heic.
             "ai-edge-litert>=2.1",
             "google-cloud-aiplatform>=2.0",
             "onnx>=1.18",
             "onnxruntime>=1.22",
             "optuna>=4.5",
+            "pillow-heif>=1.1",
             "pyyaml>=6.0",
             "tf2onnx>=1.17",
             # Checks and tests.

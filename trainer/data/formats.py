@@ -59,7 +59,7 @@ BMP_DEFAULT_MASKS = {16: (0x7C00, 0x3E0, 0x1F, 0), 32: (0xFF0000, 0xFF00, 0xFF, 
 
 _HOW_TO_CONVERT = {
     "TIFF": "convert it with `magick image.tiff image.png`",
-    "HEIC": "convert it with `heif-convert image.heic image.jpg`, or set the phone to export JPEG",
+    "HEIC": "convert it with `heif-convert image.heic image.jpg`, set the phone to export JPEG, or see trainer.pack --convert",
     "AVIF": "convert it with `avifdec image.avif image.png`",
 }
 
