@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
@@ -93,6 +94,11 @@ class StudyDir:
     def best_flags(self) -> str:
         """The flags of the best trial, for --flagfile."""
         return self._path("best.flags")
+
+    @property
+    def best_job(self) -> str:
+        """The job_dir of a job with the best values, in the command that is printed; the study does not create it."""
+        return self._path("best")
 
     @property
     def features(self) -> str:
@@ -220,20 +226,25 @@ class Tuner:
             self._write_results()
         failures = 0
         with tqdm(total=num_trials, initial=len(self._ended()), unit="trial", disable=not sys.stderr.isatty()) as bar:
+
+            def show(activity: str) -> None:
+                bar.n = len(self._ended())
+                best = f", best val_accuracy {self._study.best_value:.4f}" if bar.n else ""
+                bar.set_postfix_str(f"{activity}{best}")  # draws the bar, whose time goes on
+
             while len(self._ended()) < num_trials and not self._is_stopped:
                 self._study.sampler = self._make_sampler()
                 trial = self._study.ask(self._distributions)
-                outcome = self._run_trial(trial)
+                outcome = self._run_trial(trial, show)
                 if self._is_stopped:
                     break  # the trial stays open in the journal, and the next start resumes it
-                self._record(trial, outcome)
+                with tqdm.external_write_mode(sys.stderr):
+                    self._record(trial, outcome)
                 failures = failures + 1 if outcome.state == self._states.FAIL else 0
                 if failures == MAX_FAILURES or (failures and not self._ended()):
                     raise UserError(
                         f"Trial {trial.number} failed: {outcome.error or 'it wrote nothing'} (see {self._log_path(trial)})"
                     )
-                bar.n = len(self._ended())
-                bar.set_postfix_str(f"best val_accuracy {self._study.best_value:.4f}" if self._ended() else "")
         if self._is_stopped:
             logging.warning("Stopped. The same command resumes the study.")
             return cli.EXIT_STOPPED
@@ -270,8 +281,8 @@ class Tuner:
     def _log_path(self, trial: Any) -> str:
         return f"{self._job_dir(trial)}.log"
 
-    def _run_trial(self, trial: Any) -> Outcome:
-        """Runs the job of a trial to its end, or to the epoch at which it is pruned."""
+    def _run_trial(self, trial: Any, show: Callable[[str], None]) -> Outcome:
+        """Runs the job of a trial to its end, or to the epoch at which it is pruned. `show` gets what it is doing."""
         values = {
             "data_dir": self._data_dir,
             "job_dir": self._job_dir(trial),
@@ -297,6 +308,7 @@ class Tuner:
                 if trial.should_prune() and not is_pruned:
                     is_pruned = True
                     self._job.send_signal(signal.SIGTERM)
+            show(f"trial {trial.number}, epoch {num_reported + 1}")
         metrics = JobDir(self._job_dir(trial)).read_metrics()
         if metrics:
             return Outcome(self._states.COMPLETE, metrics["val_accuracy"], metrics["val_loss"])
@@ -338,7 +350,11 @@ class Tuner:
 
     def _print_best(self) -> None:
         best = self._best_trial()
-        arguments = [f"--flagfile={self._study_dir.best_flags}", f"--data_dir={self._data_dir}", "--job_dir=job"]
+        arguments = [
+            f"--flagfile={self._study_dir.best_flags}",
+            f"--data_dir={self._data_dir}",
+            f"--job_dir={self._study_dir.best_job}",
+        ]
         lines = [
             f"best val_accuracy {best.value:.4f} (trial {best.number} of {len(self._ended())})",
             f"plot:  {self._study_dir.plot}",

@@ -60,6 +60,7 @@ def test_an_interrupted_study_resumes_its_trial_and_keeps_the_best(images, tmp_p
     assert process.returncode == 0, output
     assert "Resuming from the checkpoint" in pathlib.Path(f"{study.trial(1)}.log").read_text()
     assert f"--flagfile={study.best_flags}" in output
+    assert f"--job_dir={study.best_job}" in output
     check_results(study)
     process = start(images, study.root, "--trials=9", "--tune=dropout")
     output, _ = process.communicate(timeout=60)
