@@ -2,6 +2,8 @@
 
 import platform
 import shlex
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -144,7 +146,6 @@ def finish(
         )
     job.paths.write_heatmaps(trainer.best.epoch, heatmaps)
     job.paths.write_times(trainer.state.times)
-    values["phase_seconds"] = {name: round(seconds, 1) for name, seconds in job.progress.phase_seconds.items()}
     values["seconds"] = round(job.cost.seconds(), 1)
     if job.settings.price_per_hour:
         values["cost"] = round(job.cost.total(), 4)
@@ -156,7 +157,7 @@ def finish(
         refusal = error
     with phase("report", "Writing the report."):
         writer.finish()
-    result = _describe_result(finished, values)
+    result = _describe_result(finished, values, job.progress.phase_seconds)
     if refusal:
         logging.info("%s", result)
         raise refusal
@@ -211,13 +212,16 @@ def _metrics(job: Job, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _describe_result(finished: FinishedRun, values: dict[str, Any]) -> str:
+def _describe_result(
+    finished: FinishedRun, values: dict[str, Any], phase_seconds: Mapping[str, float] = MappingProxyType({})
+) -> str:
     name = finished.validation.paths[0]
     example = name if files.is_remote(name) else files.join(finished.data_dir, name)
     model = shlex.quote(f"--model_dir={finished.model_dir}")
+    phases = [f"{name} {formatting.duration(seconds)}" for name, seconds in phase_seconds.items() if seconds >= 1]
     lines = [
         *_describe_accuracies(values),
-        f"time:   {formatting.duration(values['seconds'])}",
+        f"time:   {formatting.duration(values['seconds'])}{', of which ' if phases else ''}{', '.join(phases)}",
         f"report: {finished.paths.report_page}",
         f"model:  {finished.model_dir}",
         *(f"        {path}" for path in finished.converted_paths if files.exists(path)),

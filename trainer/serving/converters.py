@@ -161,11 +161,11 @@ def _check(
     if name != "tflite_int8":
         bound = MAX_FLOAT16_DIFFERENCE if name == "tflite_float16" else saved_model.MAX_PROBABILITY_DIFFERENCE
         difference = saved_model.check_parity(file_name(name), probabilities, reference.expected, bound=bound)
-        return Export(len(contents), difference)
+        return Export(difference, len(contents))
     assert quantization
     difference = float(np.abs(probabilities - reference.expected).max())
     accuracy, network_accuracy, num_images = _check_accuracy(file_name(name), classify, quantization)
-    return Export(len(contents), difference, accuracy, network_accuracy, num_images)
+    return Export(difference, len(contents), accuracy, network_accuracy, num_images)
 
 
 def _check_accuracy(
