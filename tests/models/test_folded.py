@@ -86,7 +86,7 @@ def test_the_precision_is_that_of_the_layers_or_the_given_one(dtype):
     assert mixed.compute_dtype == "float32"  # which is not the precision of its layers
     for inference in (folded.fold(mixed), folded.fold(make_backbone(), dtype)):
         assert {layer.compute_dtype for layer in inference.layers[1:-1]} == {dtype}
-        assert {variable.dtype for variable in inference.variables} == {dtype}
+        assert {variable.dtype for variable in inference.variables} == {"float32"}  # workers cannot exchange bfloat16
         features = inference(noise(16), training=False)
         assert features.dtype == tf.float32
         assert relative_difference(features, make_backbone()(noise(16), training=False)) < 0.05

@@ -27,8 +27,8 @@ from trainer.models.networks import Network
 def fold(backbone: keras.Model, compute_dtype: str = "") -> keras.Model:
     """A new model with the inputs and outputs of `backbone`, and its weights of this moment; see `refresh`.
 
-    Its layers compute in `compute_dtype` (float32, bfloat16 or float16), and have their weights in it; only the last
-    layer, whose output are the features, keeps its own. Without `compute_dtype`, each layer computes in the dtype of the
+    Its layers compute in `compute_dtype` (float32, bfloat16 or float16); only the last layer, whose output are the features,
+    keeps its own. Without `compute_dtype`, each layer computes in the dtype of the
     layer that it comes from. (`backbone.compute_dtype` says float32 in every precision.)
 
     Returns `backbone` itself, and logs it, if no normalization follows a convolution, as in ConvNeXtTiny, and no
@@ -46,7 +46,10 @@ def fold(backbone: keras.Model, compute_dtype: str = "") -> keras.Model:
         config = operation.get_config()
         if isinstance(operation, keras.Layer):
             is_last = operation.output is backbone.output
-            config["dtype"] = operation.compute_dtype if is_last else compute_dtype or operation.compute_dtype
+            dtype = operation.compute_dtype if is_last else compute_dtype or operation.compute_dtype
+            # Variables in float32: a new variable is sent to the other workers, which TensorFlow cannot do in bfloat16.
+            is_mixed = operation.weights and dtype in ("bfloat16", "float16")
+            config["dtype"] = f"mixed_{dtype}" if is_mixed else dtype
         if operation.name in norms:
             config["use_bias"] = True
         if "kernel_initializer" in config:
