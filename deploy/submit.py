@@ -112,7 +112,7 @@ def _answer_errors(action: Callable[[], None]) -> int:
         cli.print_error(UserError(f"Vertex AI does not answer ({error}): start the same command again; it resumes."))
         return cli.EXIT_RETRY
     except KeyboardInterrupt:
-        cli.print_error(UserError("Stopped. What was started goes on: start the same command again to wait for it."))
+        cli.print_error(UserError("Stopped. What was started continues: start the same command again to wait for it."))
         return EXIT_INTERRUPTED
 
 

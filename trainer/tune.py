@@ -230,7 +230,7 @@ class Tuner:
             def show(activity: str) -> None:
                 bar.n = len(self._ended())
                 best = f", best val_accuracy {self._study.best_value:.4f}" if bar.n else ""
-                bar.set_postfix_str(f"{activity}{best}")  # draws the bar, whose time goes on
+                bar.set_postfix_str(f"{activity}{best}")  # draws the bar with the time of now
 
             while len(self._ended()) < num_trials and not self._is_stopped:
                 self._study.sampler = self._make_sampler()
