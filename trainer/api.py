@@ -46,20 +46,6 @@ from trainer.serving import classifier as classifiers
 from trainer.storage import files
 from trainer.training.interruption import TrainingInterrupted
 
-__all__ = [
-    "Classifier",
-    "Evaluation",
-    "Inspection",
-    "Prediction",
-    "Report",
-    "Result",
-    "UserError",
-    "evaluate",
-    "inspect",
-    "load",
-    "train",
-]
-
 # An image: the path of a file (local or gs://), the contents of one, an array uint8 [height, width, 3], or one of Pillow.
 ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
 T = TypeVar("T")

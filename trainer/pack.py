@@ -63,7 +63,10 @@ def _readable_folder(data_dir: str) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         with tqdm(desc="converting", unit="img", disable=not is_terminal, leave=False) as bar:
             directory = stack.enter_context(conversion.converted_folder(data_dir, on_images=bar.update))
-        yield directory
+        try:
+            yield directory
+        except UserError as error:  # about files that it knows by their temporary copies
+            raise UserError(str(error).replace(directory, data_dir)) from None
 
 
 def _pack_folder(data_dir: str, output_dir: str) -> int:

@@ -66,8 +66,17 @@ def test_16_bits_are_scaled_and_transparent_pixels_become_white():
     assert pixels(conversion.to_jpeg(encode(clear, "TIFF"))).min() > 250
 
 
-@pytest.mark.parametrize("contents", [b"", b"no image", b"\0\0\0\x18ftypheic" + bytes(200), b"II*\0" + bytes(50)])
-def test_what_pillow_does_not_read_stays_as_it_is(contents):
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"",
+        b"no image",
+        encode(Image.fromarray(gradient()), "JPEG"),
+        b"\0\0\0\x18ftypheic" + bytes(200),
+        b"II*\0" + bytes(50),
+    ],
+)
+def test_what_pillow_does_not_read_and_other_formats_stay_as_they_are(contents):
     assert conversion.to_jpeg(contents) is None
 
 
@@ -96,6 +105,14 @@ def test_the_command_packs_the_photos_of_a_phone(data_dir, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()
     }
+
+
+@pytest.mark.slow
+def test_an_error_names_the_folder_of_the_user(data_dir, tmp_path):
+    process = run_command("trainer.pack", "--convert", f"--data_dir={data_dir}", f"--output_dir={tmp_path / 'packed'}")
+    assert process.returncode == 2
+    assert f"--data_dir={data_dir}" in process.stderr  # of the next command
+    assert "1 of 7 files" in process.stderr
 
 
 def test_heic_without_the_package_that_reads_it_is_one_line(data_dir, tmp_path):

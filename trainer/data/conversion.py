@@ -16,17 +16,20 @@ from trainer.data import formats, listing, shards
 from trainer.errors import UserError
 from trainer.storage import files
 
+# Not JPEG, PNG, GIF and WebP: what is rejected of them is damaged, or made to take minutes to decode.
+CONVERTED_FORMATS = frozenset({"HEIC", "AVIF", "TIFF", "BMP"})
+
 JPEG_QUALITY = 95  # above it, files grow and images do not improve (Pillow's documentation of JPEG)
 _BATCH_SIZE = 64  # images read in parallel
 
 
 @contextlib.contextmanager
 def converted_folder(data_dir: str, *, on_images: Callable[[int], None]) -> Iterator[str]:
-    """A folder with the images of a data directory, local or gs://, those that Pillow alone reads as JPEG under their names.
+    """A folder with the images of a data directory, local or gs://, those of CONVERTED_FORMATS as JPEG under their names.
 
     The folder exists during the block. Images of a local directory are links; those of a bucket are downloaded, and so need
     room on the local disk. `on_images` receives the number of images that are done. What Pillow does not read either stays
-    as it is. Raises UserError for HEIC without the package that reads it.
+    as it is, and so does a BMP that needs no conversion. Raises UserError for HEIC without the package that reads it.
     """
     with tempfile.TemporaryDirectory() as directory:
         names = listing.list_files(data_dir, min_classes=1).paths
@@ -49,11 +52,14 @@ def _write(data_dir: str, name: str, contents: bytes, target: str) -> None:
 
 
 def to_jpeg(contents: bytes) -> bytes | None:
-    """The first image of a file as an upright RGB JPEG, transparent pixels on white; None if Pillow cannot read it.
+    """The first image of a file as an upright RGB JPEG, transparent pixels on white.
 
-    Raises UserError for HEIC without the package that reads it.
+    None for other formats, and if Pillow cannot read it. Raises UserError for HEIC without the package that reads it.
     """
-    if formats.detect_format(contents) == "HEIC":
+    detected = formats.detect_format(contents)
+    if detected not in CONVERTED_FORMATS:
+        return None
+    if detected == "HEIC":
         _register_heif()
     try:
         with Image.open(io.BytesIO(contents)) as image:

@@ -56,9 +56,7 @@ class Export:
     """What metrics.json says of an exported model. The accuracies are those on `images` validation images, if measured."""
 
     max_difference: float  # of a probability from the in-memory network's, on the images of the parity check
-    num_bytes: int | None = (
-        None  # of a converted model; the names of functions in a SavedModel vary, and so does its size
-    )
+    num_bytes: int | None = None  # of a converted model; that of a SavedModel varies with the names of its functions
     accuracy: float | None = None
     network_accuracy: float | None = None
     images: int | None = None
