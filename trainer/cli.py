@@ -121,14 +121,17 @@ def command(module: str) -> str:
     return f"{prefix} {names[module]}" if own_name in COMMANDS else f"python -m trainer.{module}"
 
 
-def this_command(*more_flags: str) -> str:
+def this_command(*more_flags: str, without: str = "") -> str:
     """The command line of this process with more flags at its end, to be pasted; of equal flags the last one counts.
 
-    Only the flags in a process that is not a command of this project.
+    `without` is the name of a boolean flag that is left out, or negated if it is in a flag file. Only the flags in a process
+    that is not a command of this project.
     """
     if not flags.FLAGS.is_parsed():
         return shlex.join(more_flags)
-    return f"{program()} {shlex.join([*sys.argv[1:], *more_flags])}"
+    given = [word for word in sys.argv[1:] if word.partition("=")[0] not in (f"--{without}", f"-{without}")]
+    negated = [f"--no{without}"] if without and len(given) == len(sys.argv) - 1 else []
+    return f"{program()} {shlex.join([*given, *more_flags, *negated])}"
 
 
 def version() -> str:

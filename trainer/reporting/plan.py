@@ -44,7 +44,7 @@ def describe(settings: Config, folder: Folder, split: Split, resolved: dict[str,
         f"  SavedModel  {settings.model_dir}",
         f"  TensorBoard {settings.tensorboard_dir}",
         "  flags       " + shlex.join(f"--{name}={value}" for name, value in changed.items()),
-        f"start it: {cli.this_command('--nodry_run')}",
+        f"start it: {cli.this_command(without='dry_run')}",
     ]
     return "\n".join(lines)
 
