@@ -279,7 +279,7 @@ def test_the_import_of_tensorflow_writes_nothing_to_stderr():
 def test_log_lines_have_the_time_and_the_level(level, expected):
     record = logging.LogRecord("trainer", level, "file.py", 1, "text", None, None)
     record.created = time.mktime((2026, 1, 2, 13, 5, 59, 0, 0, -1))
-    assert cli._Lines().format(record) == expected
+    assert cli.Lines().format(record) == expected
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,9 @@ def test_a_trial_that_is_worse_than_the_median_is_pruned(tmp_path, monkeypatch):
         good.report(0.9, epoch)
     tuner._study.tell(good, 0.9)
     poor = tuner._study.ask(tuner._distributions)
-    outcome = tuner._run_trial(poor)
+    activities = []
+    outcome = tuner._run_trial(poor, activities.append)
+    assert activities[0] == f"trial {poor.number}, epoch 1"
     assert (outcome.state, outcome.val_accuracy) == (STATES.PRUNED, None)
     tuner._record(poor, outcome)
     rows = rows_of(study.results)

@@ -73,7 +73,7 @@ def test_the_test_block_is_the_evaluation_of_the_exported_model(images, trained)
     assert 'test/a/a_003.jpg,"cannot be decoded' in pathlib.Path(paths.bad_files).read_text()
     assert f"test accuracy: {describe_accuracy(test['correct'], 17)}" in output
     page = pathlib.Path(paths.report_page).read_text()
-    assert f"<strong>{formatting.percent(test['accuracy'], 2)}</strong>" in page
+    assert f"<strong>{formatting.share(test['correct'], 17)}</strong>" in page
     assert '<section id="test">' in page
     assert "Test accuracy: **" in pathlib.Path(paths.model_card).read_text()
 
