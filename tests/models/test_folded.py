@@ -80,6 +80,42 @@ def test_refresh_takes_the_weights_of_the_network_as_it_is_now():
     assert relative_difference(inference(noise(16), training=False), expected) < 1e-6
 
 
+def freeze(backbone: keras.Model) -> keras.Model:
+    for norm in norms(backbone):
+        norm.trainable = False
+    return backbone
+
+
+def loss_and_gradients(forward, variables: list) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    with tf.GradientTape() as tape:
+        features = forward(tf.constant(noise(16)))
+        loss = tf.reduce_sum(features * tf.range(1.0, 9.0))
+    return features, tape.gradient(loss, [variable.value for variable in variables])
+
+
+def test_training_with_frozen_statistics_has_the_features_and_gradients_of_the_network():
+    backbone = freeze(make_backbone())
+    forward = folded.training_forward(folded.fold(backbone), backbone)
+    backbone.set_weights([value + 0.1 for value in backbone.get_weights()])  # the present weights count
+    expected = loss_and_gradients(lambda x: backbone(x, training=True), backbone.trainable_variables)
+    actual = loss_and_gradients(tf.function(forward, autograph=False), backbone.trainable_variables)
+    assert len(expected[1]) == 12  # the kernels of seven convolutions, the biases of five
+    assert relative_difference(actual[0], expected[0]) < 1e-6
+    for one, other in zip(actual[1], expected[1], strict=True):
+        assert relative_difference(one, other) < 1e-5
+
+
+def test_training_is_folded_only_where_it_computes_what_inference_does():
+    backbone = make_backbone()
+    assert folded.training_forward(folded.fold(backbone), backbone) is None  # batch statistics
+    freeze(backbone)
+    dropout = LAYERS.Dropout(0.5)(backbone.output)
+    draws = keras.Model(backbone.input, dropout)
+    assert folded.training_forward(folded.fold(draws), draws) is None
+    without = keras.Model(backbone.input, LAYERS.GlobalAveragePooling2D()(backbone.input))
+    assert folded.training_forward(folded.fold(without), without) is None  # nothing to fold
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_precision_is_that_of_the_layers_or_the_given_one(dtype):
     mixed = make_backbone(f"mixed_{dtype}")

@@ -8,16 +8,17 @@ In bfloat16, the bias is rounded too, which adds 3 to 5 % to the error against f
 its result. Processors with bfloat16 compute convolution, bias, sum and ReLU as one operation that rounds once; the error is
 then 10 % smaller than that of the Keras network (64 pixels, 30 images of cats and dogs).
 
-A folded network is a Keras model with its own variables. It is not trained and not saved: best.weights.h5 and checkpoints
-hold the network that it comes from.
+A folded network is a Keras model with its own variables. It is not saved: best.weights.h5 and checkpoints hold the network
+that it comes from. Where the statistics stay as they are, training folds too, in each step: `training_forward` computes the
+kernels of the folded network from the variables of the network, and gradients reach these.
 
 Shapes: k x k a kernel, I channels of an input, O channels of an output.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -69,14 +70,29 @@ def refresh(folded: keras.Model, backbone: keras.Model) -> None:
     """Sets the weights of `folded`, which `fold` made of `backbone`, to the present ones; outside of replicas."""
     if folded is backbone:
         return
-    norms = _norms_by_convolution(backbone)
-    for layer in folded.layers:
-        if not layer.weights:
-            continue
-        source = backbone.get_layer(layer.name)
-        values = _folded_weights(source, norms[layer.name]) if layer.name in norms else source.get_weights()
-        for variable, value in zip(layer.weights, values, strict=True):
-            variable.assign(tf.cast(value, variable.dtype))
+    values = _folded_values(folded, backbone, tf.float64)
+    for variable in folded.weights:
+        variable.assign(tf.cast(values[id(variable)], variable.dtype))
+
+
+def training_forward(folded: keras.Model, backbone: keras.Model) -> Callable[[tf.Tensor], tf.Tensor] | None:
+    """A function of preprocessed images -> features as `backbone` computes them in training, by the layers of `folded`.
+
+    Differentiable with respect to the variables of `backbone`, whose present values it reads at each call. None if training
+    computes what inference does not: batch statistics, or dropout within the backbone. `folded` is a result of `fold`.
+    """
+    draws_numbers = len(backbone.variables) > len(backbone.weights)  # the states of random generators are no weights
+    norms = [layer for layer in backbone.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    if folded is backbone or draws_numbers or any(norm.trainable for norm in norms):
+        return None
+
+    def forward(images: tf.Tensor) -> tf.Tensor:
+        values = _folded_values(folded, backbone, tf.float32)
+        ordered = [values[id(variable)] for variable in folded.non_trainable_variables]
+        features, _ = folded.stateless_call([], ordered, images, training=True)
+        return features
+
+    return forward
 
 
 def fold_network(network: Network, compute_dtype: str = "") -> Network:
@@ -90,6 +106,21 @@ def fold_network(network: Network, compute_dtype: str = "") -> Network:
     softmax = keras.layers.Activation("softmax", dtype="float32", name="probabilities")
     model = keras.Model(backbone.input, softmax(network.head(backbone.output)), name="classifier")
     return Network(model, backbone, network.head)
+
+
+def _folded_values(folded: keras.Model, backbone: keras.Model, dtype: tf.DType) -> dict[int, tf.Tensor]:
+    """The value of each weight of `folded` by its id, computed in `dtype` from the present weights of `backbone`."""
+    norms = _norms_by_convolution(backbone)
+    values: dict[int, tf.Tensor] = {}
+    for layer in folded.layers:
+        if not layer.weights:
+            continue
+        source = backbone.get_layer(layer.name)
+        weights = [tf.convert_to_tensor(variable) for variable in source.weights]
+        if layer.name in norms:
+            weights = [*_folded_weights(source, norms[layer.name], dtype)]
+        values |= zip(map(id, layer.weights), weights, strict=True)
+    return values
 
 
 def _norms_by_convolution(backbone: keras.Model) -> dict[str, keras.layers.BatchNormalization]:
@@ -110,16 +141,18 @@ def _norms_by_convolution(backbone: keras.Model) -> dict[str, keras.layers.Batch
 
 
 def _folded_weights(
-    convolution: keras.layers.Conv2D | keras.layers.DepthwiseConv2D, norm: keras.layers.BatchNormalization
-) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel float64 [k, k, I, O], or [k, k, I, O / I] of a depthwise convolution, and bias float64 [O]."""
-    kernel, *bias = convolution.get_weights()
-    scale = 1 / np.sqrt(norm.moving_variance.numpy().astype(np.float64) + norm.epsilon)  # [O]
+    convolution: keras.layers.Conv2D | keras.layers.DepthwiseConv2D,
+    norm: keras.layers.BatchNormalization,
+    dtype: tf.DType,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Kernel [k, k, I, O], or [k, k, I, O / I] of a depthwise convolution, and bias [O], both of `dtype`."""
+    kernel, *bias = (tf.cast(variable, dtype) for variable in convolution.weights)
+    scale = tf.math.rsqrt(tf.cast(norm.moving_variance, dtype) + norm.epsilon)  # [O]
     if norm.gamma is not None:
-        scale *= norm.gamma.numpy()
-    shift = (sum(bias) - norm.moving_mean.numpy()) * scale
+        scale *= tf.cast(norm.gamma, dtype)
+    shift = (sum(bias) - tf.cast(norm.moving_mean, dtype)) * scale
     if norm.beta is not None:
-        shift += norm.beta.numpy()
+        shift += tf.cast(norm.beta, dtype)
     if isinstance(convolution, keras.layers.DepthwiseConv2D):
-        return kernel * scale.reshape(kernel.shape[2:]), shift
+        return kernel * tf.reshape(scale, kernel.shape[2:]), shift
     return kernel * scale, shift

@@ -61,6 +61,8 @@ class TrainingLoop:
         self._trainable = [variable for network in networks for variable in network.trainable_variables]
         with devices.strategy.scope():
             optimizer.build(self._trainable)
+            self._folded = folded.fold(backbone) if backbone else None
+        self._forward = self._training_forward()
         # A constant learning rate is a variable too. It comes from the flags and TrainingState, not from these arrays.
         state = [variable for variable in optimizer.variables if variable.name != "learning_rate"]
         self.variables = {
@@ -71,8 +73,14 @@ class TrainingLoop:
             tf.function(self._gradients, autograph=False, jit_compile=True) if jit_compile else self._gradients
         )
         self._train_steps = tf.function(self._steps, reduce_retracing=True)
-        self._folded: keras.Model | None = None
         self._infer: Callable | None = None
+
+    def _training_forward(self) -> Callable[[tf.Tensor], tf.Tensor]:
+        """The function of examples -> features in training, folded where batch statistics are frozen."""
+        backbone = self.backbone
+        if backbone is None:
+            return tf.identity
+        return folded.training_forward(self._folded, backbone) or (lambda images: backbone(images, training=True))
 
     def trace(self, iterator: Iterator) -> None:
         """Builds the graph of train_steps for such batches; without it, the first call does."""
@@ -217,7 +225,7 @@ class TrainingLoop:
     ) -> tuple[tf.Tensor, tf.Tensor, list]:
         """This replica's part of the loss, its number of correct predictions, the gradients of that part times `scale`."""
         with tf.GradientTape() as tape:
-            features = self.backbone(batch["x"], training=True) if self.backbone else batch["x"]
+            features = self._forward(batch["x"])
             logits = self.head(features * tf.cast(dropout_factors, features.dtype), training=True)
             targets = tf.one_hot(batch["label"], logits.shape[-1])
             # The weights sum to 1 over the global batch, so the sum of the replicas' parts is the mean.
@@ -253,20 +261,13 @@ class TrainingLoop:
         stop_requested: Callable[[], StopReason] = interruption.never,
     ) -> ModelOutputs:
         """Logits float32 [N, C] of one pass, on all replicas. Raises TrainingInterrupted as run_inference does."""
-        if self._infer is None:  # traced once, not once per epoch
-            self._infer = make_inference(self._inference_network(), self._devices)
-        elif self._folded:
+        if self.backbone:
             folded.refresh(self._folded, self.backbone)
+        if self._infer is None:  # traced once, not once per epoch
+            head, backbone = self.head, self._folded
+            network = (lambda x: head(backbone(x, training=False))) if backbone else head
+            self._infer = make_inference(network, self._devices)
         return run_inference(self._infer, batches, plan, on_batch=on_batch, stop_requested=stop_requested)
-
-    def _inference_network(self) -> Callable[[tf.Tensor], tf.Tensor]:
-        """The function of a batch -> logits, with the backbone folded."""
-        head = self.head
-        if self.backbone is None:
-            return head
-        with self._devices.strategy.scope():
-            self._folded = backbone = folded.fold(self.backbone)
-        return lambda x: head(backbone(x, training=False))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
