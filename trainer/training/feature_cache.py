@@ -67,11 +67,18 @@ def load(directory: str, name: str, num_examples: int) -> ModelOutputs | None:
 
 
 def _joined(parts: dict[int, ModelOutputs]) -> ModelOutputs:
-    ordered = [parts[start] for start in sorted(parts)]
-    return ModelOutputs(
-        values=np.concatenate([part.values for part in ordered]),
-        is_readable=np.concatenate([part.is_readable for part in ordered]),
-    )
+    """All parts in order. Empties `parts`, so that the memory never holds two copies of all features."""
+    num_examples = sum(len(part.values) for part in parts.values())
+    starts = sorted(parts)
+    if len(starts) == 1:
+        return parts.pop(starts[0])
+    values = np.empty((num_examples, parts[starts[0]].values.shape[1]), np.float32)
+    is_readable = np.empty(num_examples, bool)
+    for start in starts:
+        part = parts.pop(start)
+        rows = slice(start, start + len(part.values))
+        values[rows], is_readable[rows] = part
+    return ModelOutputs(values, is_readable)
 
 
 class _PartWriter:

@@ -17,6 +17,8 @@ from trainer.runtime.devices import Devices
 from trainer.training import interruption
 from trainer.training.interruption import StopReason, TrainingInterrupted
 
+_ROWS_IN_FLOAT64 = 4096  # at a time: 33 MB for each intermediate result of 1,000 classes
+
 
 class ModelOutputs(NamedTuple):
     """Outputs of N examples, in their order: float32 [N, width]; bool [N], false where an image could not be decoded."""
@@ -96,16 +98,22 @@ def evaluate_logits(outputs: ModelOutputs, labels: np.ndarray, label_smoothing: 
     logits, is_readable = outputs
     if not is_readable.any():
         raise UserError("No validation image can be decoded any more: check the files in --data_dir.")
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     num_classes = logits.shape[1]
-    of_label = log_probabilities[np.arange(len(labels)), labels]
-    losses = -(1 - label_smoothing) * of_label - label_smoothing / num_classes * log_probabilities.sum(axis=1)
-    metrics = classification_metrics(labels[is_readable], logits[is_readable].argmax(axis=1), num_classes)
+    losses, probabilities = np.zeros(len(logits)), np.zeros(logits.shape, np.float32)
+    for start in range(0, len(logits), _ROWS_IN_FLOAT64):
+        part = slice(start, start + _ROWS_IN_FLOAT64)
+        shifted = logits[part].astype(np.float64) - logits[part].max(axis=1, keepdims=True)
+        log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        of_label = log_probabilities[np.arange(len(shifted)), labels[part]]
+        sums = log_probabilities.sum(axis=1)
+        losses[part] = -(1 - label_smoothing) * of_label - label_smoothing / num_classes * sums
+        probabilities[part] = np.exp(log_probabilities)
+    predicted = logits.argmax(axis=1)
+    metrics = classification_metrics(labels[is_readable], predicted[is_readable], num_classes)
     return Validation(
         loss=float(losses[is_readable].mean()),
         accuracy=metrics.accuracy,
         balanced_accuracy=metrics.balanced_accuracy,
-        probabilities=np.exp(log_probabilities).astype(np.float32),
+        probabilities=probabilities,
         is_readable=is_readable,
     )

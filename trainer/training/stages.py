@@ -79,10 +79,9 @@ def head_stage(
     images = inputs.images
     batch_times: list[tuple[float, int]] = []
     outputs = cached_features(inputs, feature_dir=feature_dir, feature_source=feature_source, batch_times=batch_times)
-    sources = [
-        ArraySource(tf.constant(outputs.values[index]), tf.constant(outputs.is_readable[index].astype(np.float32)))
-        for index in images.split_indices
-    ]
+    with tf.device("CPU:0"):  # a GPU would keep all features in its memory
+        table = ArraySource(tf.constant(outputs.values), tf.constant(outputs.is_readable.astype(np.float32)))
+    sources = [table._replace(indices=tf.constant(index)) for index in images.split_indices]
     fit_head = None
     if epochs == UNTIL_DONE:
         training, num_classes = images.split_indices[0], len(inputs.class_weights)

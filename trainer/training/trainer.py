@@ -18,6 +18,7 @@ from trainer.data.sampler import EpochPlan
 from trainer.errors import UserError
 from trainer.models.networks import Network
 from trainer.training import checkpoint
+from trainer.training.checkpoint import Checkpoint
 from trainer.training.inference import ModelOutputs, Validation, evaluate_logits
 from trainer.training.interruption import StopReason, TrainingInterrupted
 from trainer.training.loop import EpochTotals, NonFiniteLossError, ProfileRange, TrainingLoop, train_epoch
@@ -137,19 +138,13 @@ class Trainer:
             return False
         self.state, self._arrays = TrainingState.from_json(latest.state["progress"]), latest.arrays
         self._best_head = {name: value for name, value in latest.arrays.items() if name.startswith("best/")}
-        epoch, val_accuracy, val_loss, *rest = latest.state["best"]
-        self.best = BestEpoch(
-            epoch=epoch,
-            val_accuracy=val_accuracy,
-            val_loss=val_loss,
-            balanced_accuracy=rest[0] if rest else -1.0,  # checkpoints of earlier versions have none
-            probabilities=latest.arrays["validation/probabilities"],
-            is_readable=latest.arrays["validation/is_readable"],
-        )
-        on_disk, monitor = best_weights.read(self._paths.best_weights), self._options.monitor
-        if on_disk.rank(monitor) > self.best.rank(monitor) or on_disk.epoch == self.best.epoch:
-            # Written after the checkpoint. On some devices, repeated steps give other numbers: keep the better weights.
-            self.best = on_disk
+        self.best = best_weights.read(self._paths.best_weights)
+        if "validation/probabilities" in latest.arrays:  # of the head stage, or of an earlier version
+            in_checkpoint, monitor = _best_in(latest), self._options.monitor
+            # Weights written after the checkpoint: on some devices, repeated steps give other numbers. Keep the better ones.
+            is_newer = self.best.rank(monitor) > in_checkpoint.rank(monitor)
+            if not is_newer and self.best.epoch != in_checkpoint.epoch:
+                self.best = in_checkpoint
         return True
 
     def position(self) -> tuple:
@@ -307,8 +302,10 @@ class Trainer:
             return
         self.state.seconds = self._callbacks.job_seconds()
         arrays = checkpoint.snapshot(loop.variables)
-        arrays |= self._best_head if self.state.stage == HEAD else {}
-        arrays |= {"validation/probabilities": self.best.probabilities, "validation/is_readable": self.best.is_readable}
+        if self.state.stage == HEAD:  # later, best.weights.h5 has the best epoch
+            arrays |= self._best_head
+            arrays["validation/probabilities"] = self.best.probabilities
+            arrays["validation/is_readable"] = self.best.is_readable
         best = [self.best.epoch, self.best.val_accuracy, self.best.val_loss, self.best.balanced_accuracy]
         self._writer.save(arrays, {"progress": self.state.as_json(), "best": best})
         self.state.saving_seconds += time.monotonic() - started
@@ -316,6 +313,19 @@ class Trainer:
     def wait(self) -> None:
         """Waits until the last checkpoint is written; raises its error."""
         self._writer.wait()
+
+
+def _best_in(saved: Checkpoint) -> BestEpoch:
+    """The best epoch that a checkpoint contains."""
+    epoch, val_accuracy, val_loss, *rest = saved.state["best"]
+    return BestEpoch(
+        epoch=epoch,
+        val_accuracy=val_accuracy,
+        val_loss=val_loss,
+        balanced_accuracy=rest[0] if rest else -1.0,  # checkpoints of earlier versions have none
+        probabilities=saved.arrays["validation/probabilities"],
+        is_readable=saved.arrays["validation/is_readable"],
+    )
 
 
 def _best_epoch(number: int, validation: Validation) -> BestEpoch:
