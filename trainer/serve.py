@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> int:
 
     def load() -> Classifier:
         cli.import_tensorflow()
-        return classifier.load(model_dir)
+        return classifier.load(model_dir, for_many_calls=True)
 
     listening = server.listen(values["host"], values["port"])
     host, port = listening.getsockname()[:2]

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -10,7 +11,7 @@ from tests.support import corpus
 from tests.support.tiny_model import NETWORK_INPUT, make_image
 from tests.support.written_job import make_job_dir
 from trainer.artifacts.job_dir import JobDir
-from trainer.data import formats
+from trainer.data import decoders, formats
 from trainer.data.preprocessing import decode_image
 from trainer.errors import UserError
 from trainer.serving.classifier import classify, decoding_error, load
@@ -32,6 +33,22 @@ def test_each_bad_image_gets_a_one_line_error_and_fails_no_other(classifier):
     for prediction, (_, reason) in zip(predictions[1:-1], broken.values(), strict=True):
         assert prediction.error.startswith(reason)
         assert "\n" not in prediction.error
+
+
+def test_a_model_for_many_calls_gives_the_same_answers(classifier, tiny_model_dir):
+    images = [("", make_image(shade, kind=kind)) for shade, kind in ((0, "JPEG"), (1, "PNG"), (0, "BMP"))]
+    images.insert(1, ("", b"hello"))
+    faster = load(str(tiny_model_dir), for_many_calls=True)
+    for expected, actual in zip(classify(classifier, images), classify(faster, images), strict=True):
+        assert (actual.error, actual.is_novel) == (expected.error, expected.is_novel)
+        if not actual.error:
+            np.testing.assert_allclose(actual.probabilities, expected.probabilities, atol=1e-6)
+            assert actual.novelty == pytest.approx(expected.novelty, abs=1e-5)
+    assert classify(faster, [])[:] == []
+    assert classify(faster, images[:1], explain=True)[0].heatmap.shape == (8, 8)
+    damaged = make_image(0, kind="PNG").replace(b"IDAT", b"IDAT\0", 1)
+    with pytest.raises(decoders.DECODE_ERRORS):
+        faster.predict([damaged])  # what the network's own decoder refuses
 
 
 def test_a_model_beside_its_run_has_the_accuracy_that_leads_the_report(tiny_model_dir, tmp_path):

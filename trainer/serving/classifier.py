@@ -83,12 +83,15 @@ def check_model_dir(model_dir: str) -> None:
         )
 
 
-def load(model_dir: str) -> Classifier:
-    """The model in a SavedModel folder or in a job_dir. Raises UserError if it cannot be loaded."""
+def load(model_dir: str, *, for_many_calls: bool = False) -> Classifier:
+    """The model in a SavedModel folder or in a job_dir. Raises UserError if it cannot be loaded.
+
+    `for_many_calls` spends some seconds on a SavedModel, after which a call with few images takes less: see _with_constants.
+    """
     check_model_dir(model_dir)
     if files.exists(_graph_path(model_dir)):
         with files.local_copy(model_dir) as local_dir:
-            classifier = _load_saved_model(local_dir)
+            classifier = _load_saved_model(local_dir, for_many_calls=for_many_calls)
         job_dir = os.path.dirname(model_dir.rstrip("/"))
         is_of_job = JobDir(job_dir).saved_model == model_dir.rstrip("/")
         return dataclasses.replace(classifier, accuracy=_measured_accuracy(job_dir) if is_of_job else None)
@@ -126,7 +129,7 @@ def _graph_path(model_dir: str) -> str:
     return files.join(model_dir, "saved_model.pb")
 
 
-def _load_saved_model(model_dir: str) -> Classifier:
+def _load_saved_model(model_dir: str, *, for_many_calls: bool) -> Classifier:
     import tensorflow as tf
 
     _reject_unsafe_operations(model_dir)
@@ -141,10 +144,13 @@ def _load_saved_model(model_dir: str) -> Classifier:
             f"--model_dir={model_dir} was not exported by this trainer: it lacks {', '.join(sorted(missing))}."
         )
     names = model.signatures["class_names"]()["class_names"].numpy()
+    signatures = dict(model.signatures)
+    if for_many_calls:
+        signatures["serving_default"] = _with_constants(signatures["serving_default"])
 
     # These functions keep a reference to the model; its signatures alone do not keep its variables alive.
     def call(signature: str, contents: list[bytes]) -> Outputs:
-        outputs = model.signatures[signature](bytes=tf.constant(contents, tf.string))
+        outputs = signatures[signature](tf.constant(contents, tf.string))
         values = [outputs[name].numpy() if name in outputs else None for name in ("heatmap", "novelty", "is_novel")]
         return Outputs(outputs["probabilities"].numpy(), *values)
 
@@ -157,6 +163,20 @@ def _load_saved_model(model_dir: str) -> Classifier:
         image_size=image_size,
         about=_about(model_dir),
     )
+
+
+def _with_constants(signature: Any) -> Callable[..., dict[str, Any]]:
+    """A function like `signature`, with constants in place of its variables, whose values must not change any more.
+
+    TensorFlow then multiplies the factors of batch normalization into the kernels, and oneDNN brings the kernels into its
+    own memory layout once and not in each call. ResNet50 in float32 at 224 pixels on two cores with AVX2 took 0.69 of the
+    CPU time for one image, 0.91 for eight; the conversion takes 5 s.
+    """
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2  # not in tf.*
+
+    converted = convert_variables_to_constants_v2(signature, lower_control_flow=False)
+    return lambda *inputs: tf.nest.pack_sequence_as(signature.structured_outputs, converted(*inputs))
 
 
 def _about(model_dir: str) -> dict[str, Any]:
