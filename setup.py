@@ -69,6 +69,7 @@ setup(
             "ipykernel>=6.29",
             "mypy>=1.15",
             "nbclient>=0.10",
+            "openvino>=2025.0",  # trainer.benchmark --suite=inference compares with it
             "playwright>=1.45",
             "pytest>=8.2",
             "pytest-timeout>=2.3",

@@ -7,8 +7,8 @@
 
     accuracy   seconds to 96.49 % validation accuracy: the default recipe, and the article's recipe in Keras;
                with --recipe_dirs also the accuracy of recipes on images that were cut off before
-    step       images per second of the training loop, of Keras fit, and of PyTorch where it is installed
-    inference  CPU time of the features of a job, and of Keras predict in the same precision
+    step       images per second of the training loop, of Keras fit, and of PyTorch where it is installed, also compiled
+    inference  CPU time of the features of a job, of Keras predict, and of ONNX Runtime and OpenVINO where installed
     input      the input pipeline, image_dataset_from_directory, ImageDataGenerator and a plain decode
     resume     seconds to the first step after a cold start and after a resume; seconds to save and exit
     growth     time and memory for folders of 1,000, 10,000 and 100,000 images

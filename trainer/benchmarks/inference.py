@@ -1,12 +1,15 @@
-"""Suite `inference`: features of ResNet50 by the folded network of a job, and by Keras predict in the same precision.
+"""Suite `inference`: features of ResNet50 by the folded network of a job, by Keras predict and by runtimes for inference.
 
-Shapes: B images in a batch, S pixels to a side.
+Each ratio compares the same precision and batch size.
+Shapes: B images in a batch, S pixels to a side, F features.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device, rates, read_usage
@@ -25,11 +28,13 @@ def inference_suite(
     models.networks.build.
     """
     baselines, targets = [], []
+    runtimes = {name: run for name, run in RUNTIMES.items() if importlib.util.find_spec(name)}
     for precision in ["float32", half_precision] if half_precision else ["float32"]:
+        backbone = functools.cache(functools.partial(_backbone, build, precision, workload.image_size))
+        onnx_model = functools.cache(functools.partial(_convert_to_onnx, build, workload.image_size))
         for batch_size in dict.fromkeys([workload.batch_size, 1]):
             name = f"{precision}, {batch_size} image{'s' if batch_size > 1 else ''} at a time"
             batches = Workload(workload.image_size, batch_size, workload.steps)
-            backbone = functools.cache(functools.partial(_backbone, build, precision, workload.image_size))
             baselines.append(Baseline(f"trainer folded, {name}", _folded_passes(backbone, batches)))
             baselines.append(Baseline(f"Keras predict, {name}", _keras_passes(backbone, batches)))
             targets.append(
@@ -42,13 +47,18 @@ def inference_suite(
                     at_least=False,
                 )
             )
+            for package, load in runtimes.items():
+                if precision == "float32" or package == "openvino":
+                    passes = _runtime_passes(functools.partial(load, onnx_model, precision), batches)
+                    baselines.append(Baseline(f"{package}, {name}", passes))
+    omitted = [f"{package} is not installed" for package in RUNTIMES if package not in runtimes]
     return Suite(
         name="inference",
         title=f"features by ResNet50, {workload.image_size} pixels",
         metric="cpu_seconds_per_1000",
         baselines=baselines,
         targets=targets,
-        omitted=[] if half_precision else ["half precision: the processor does not compute in bfloat16"],
+        omitted=omitted + ([] if half_precision else ["half precision: the processor does not compute in bfloat16"]),
     )
 
 
@@ -102,6 +112,56 @@ def _keras_passes(backbone: Callable[[], keras.Model], workload: Workload) -> Ca
         dataset = prepare()
         start = read_usage()
         backbone().predict(dataset, steps=workload.steps, verbose=0)
+        return rates(workload.num_images, start, read_usage())
+
+    return measure
+
+
+def _convert_to_onnx(build: Callable[..., networks.Network], image_size: int) -> bytes:
+    """The network in float32, from which the runtimes make their own."""
+    import tf2onnx
+
+    backbone = _backbone(build, "float32", image_size)
+    network = tf.function(functools.partial(backbone, training=False), autograph=False)
+    signature = [tf.TensorSpec([None, image_size, image_size, 3], tf.float32, name="pixels")]
+    return tf2onnx.convert.from_function(network, input_signature=signature, opset=18)[0].SerializeToString()
+
+
+def _load_onnxruntime(onnx_model: Callable[[], bytes], precision: str) -> Callable[[np.ndarray], object]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(onnx_model(), providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"pixels": images})
+
+
+def _load_openvino(onnx_model: Callable[[], bytes], precision: str) -> Callable[[np.ndarray], object]:
+    import openvino
+
+    core = openvino.Core()
+    hint = {"float32": "f32", "mixed_bfloat16": "bf16", "mixed_float16": "f16"}[precision]
+    model = core.compile_model(core.read_model(onnx_model()), "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    return lambda images: model([images])
+
+
+# By the package that runs the network; each a function (the network, a Keras dtype policy) -> a function of images.
+RUNTIMES: dict[str, Callable[[Callable[[], bytes], str], Callable[[np.ndarray], object]]] = {
+    "onnxruntime": _load_onnxruntime,
+    "openvino": _load_openvino,
+}
+
+
+def _runtime_passes(load: Callable[[], Callable[[np.ndarray], object]], workload: Workload) -> Callable[[], Metrics]:
+    @functools.cache
+    def prepare() -> Callable[[], object]:
+        run = functools.partial(load(), _noise(workload).numpy())
+        run()
+        return run
+
+    def measure() -> Metrics:
+        run = prepare()
+        start = read_usage()
+        for _ in range(workload.steps):
+            run()
         return rates(workload.num_images, start, read_usage())
 
     return measure
