@@ -37,6 +37,7 @@ def finished_run(prepared: PreparedJob, paths: JobDir) -> FinishedRun:
         data_dir=settings.data_dir,
         model_dir=settings.model_dir,
         export_formats=settings.export_formats,
+        serving_precision=settings.serving_precision,
         class_names=prepared.folder.class_names,
         training=prepared.split.training,
         validation=prepared.split.validation,

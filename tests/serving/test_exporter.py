@@ -45,6 +45,7 @@ def test_a_finished_run_adds_formats_that_are_requested_later(tmp_path):
             "--head_epochs=0",
             "--epochs=1",
             "--batch_size=8",
+            "--serving_precision=bfloat16",
         ]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         assert process.returncode == returncode, process.stderr
@@ -64,7 +65,10 @@ def test_a_finished_run_adds_formats_that_are_requested_later(tmp_path):
     assert (contents_and_time(paths.history), contents_and_time(converters.path(paths.exports, "tflite"))) == before
     exports = paths.read_metrics()["exports"]
     assert set(exports) == {"saved_model", "tflite", "onnx", "tflite_float16", "tflite_int8"}
-    assert max(exports[name]["max_difference"] for name in ("saved_model", "tflite", "onnx")) < 1e-5
+    assert max(exports[name]["max_difference"] for name in ("tflite", "onnx")) < 1e-5
+    assert exports["saved_model"]["precision"] == "bfloat16"
+    assert 1e-6 < exports["saved_model"]["max_difference"] < 0.1
+    assert "| saved_model in bfloat16 |" in pathlib.Path(paths.model_card).read_text()
     assert {name for name in exports if "accuracy" in exports[name]} == {"tflite_int8"}
     assert exports["tflite_int8"]["images"] == 4
     assert exports["tflite_int8"]["network_accuracy"] == paths.read_metrics()["val_accuracy"]
@@ -99,6 +103,7 @@ def test_without_a_readable_validation_image_nothing_is_exported(tmp_path):
         data_dir=str(images),
         model_dir=str(tmp_path / "model"),
         export_formats="saved_model",
+        serving_precision="float32",
         class_names=("a", "b"),
         training=examples,
         validation=examples,

@@ -12,15 +12,15 @@ import tensorflow as tf
 from PIL import Image
 
 from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
-from trainer.models import gradcam
+from trainer.models import folded, gradcam
 from trainer.serving import classifier, saved_model
 
 CLASS_NAMES = ("a cat", "<b>", "çà")
 
 
-def save(directory, reference, preprocessing="caffe") -> float:
+def save(directory, reference, preprocessing="caffe", **bound: float) -> float:
     network_input = NetworkInput(32, "stretch", preprocessing)
-    export = saved_model.save(str(directory), reference, class_names=CLASS_NAMES, network_input=network_input)
+    export = saved_model.save(str(directory), reference, class_names=CLASS_NAMES, network_input=network_input, **bound)
     return export.max_difference
 
 
@@ -51,6 +51,17 @@ def test_every_signature_has_the_novelty_of_the_features(reference, model, signa
     expected = 1 - np.sort(units @ tf.transpose(units[:3]), axis=1)[:, 0]  # the third nearest of three
     np.testing.assert_allclose(outputs["novelty"], np.maximum(expected, 0), atol=1e-3)
     assert outputs["is_novel"].numpy().tolist() == [False] * 4  # of the images that gave the threshold
+
+
+def test_a_model_in_bfloat16_computes_in_it_as_served_too(reference, tmp_path):
+    half = dataclasses.replace(reference, network=folded.fold_network(reference.network, "bfloat16"))
+    with pytest.raises(saved_model.ParityError, match="differ by up to"):
+        save(str(tmp_path / "exact"), half, bound=1e-6)
+    save(str(tmp_path / "half"), half, bound=0.1)
+    for for_many_calls in (False, True):
+        classify = classifier.load(str(tmp_path / "half"), for_many_calls=for_many_calls).predict
+        difference = np.abs(classify(reference.encoded).probabilities - reference.expected).max()
+        assert 1e-6 < difference < 0.1
 
 
 def test_a_model_without_novelty_classifies(reference, tmp_path):

@@ -92,12 +92,16 @@ def run(folder: str, output: str, flags: argparse.Namespace, machine) -> None:
     training, validation = images.take(~is_validation), images.take(is_validation)
     assert (len(training), len(validation)) == (61, 3)
 
+    network_input = NetworkInput(image_size=32, resize="stretch", preprocessing="rescale")
+    sources = {  # created once: each builds a graph
+        side: input_pipeline.FileSource(folder, side.paths, network_input, on_unreadable=print, is_jpeg=True)
+        for side in (training, validation)
+    }
+
     def make_batches(plan: sampler.EpochPlan, examples: Examples, epoch: int | None):
         augmentation = None if epoch is None else Augmentation(SEED, epoch, strength="basic", flips=True)
         transform = input_pipeline.BatchTransform("rescale", augmentation, network.backbone.compute_dtype)
-        network_input = NetworkInput(image_size=32, resize="stretch", preprocessing=transform.preprocessing)
-        source = input_pipeline.FileSource(folder, examples.paths, network_input, on_unreadable=print)
-        return input_pipeline.batches(plan, source, examples.labels, transform=transform, devices=machine)
+        return input_pipeline.batches(plan, sources[examples], examples.labels, transform=transform, devices=machine)
 
     rows = []
     for epoch in range(sampler.steps_per_epoch(flags.steps, 8)):

@@ -19,7 +19,7 @@ from trainer.data import shards
 from trainer.data.dataset import Examples
 from trainer.data.preprocessing import NetworkInput, preprocess
 from trainer.errors import UserError
-from trainer.models import networks
+from trainer.models import folded, networks
 from trainer.models.networks import Network
 from trainer.models.novelty import Novelty
 from trainer.serving import converters, saved_model
@@ -55,6 +55,7 @@ class FinishedRun:
     data_dir: str
     model_dir: str
     export_formats: str  # comma-separated
+    serving_precision: str  # of the SavedModel: float32 or bfloat16
     class_names: tuple[str, ...]
     training: Examples
     validation: Examples
@@ -98,16 +99,25 @@ def export_all(run: FinishedRun, best: Network, validated: BestEpoch, known: Nov
     saved_model.ParityError.
     """
     reference = dataclasses.replace(_parity_reference(run, best, validated.is_readable), novelty=known)
+    precision, bound = run.serving_precision, saved_model.MAX_PROBABILITY_DIFFERENCE
+    served = reference
+    if precision == "bfloat16":
+        served = dataclasses.replace(reference, network=folded.fold_network(best, precision))
+        bound = saved_model.MAX_BFLOAT16_DIFFERENCE
     export = saved_model.save(
         run.model_dir,
-        reference,
+        served,
         class_names=run.class_names,
         network_input=run.network_input,
         with_webp=run.with_webp,
+        bound=bound,
     )
-    logging.info("SavedModel: parity check passed, probabilities differ by at most %.1e.", export.max_difference)
+    logging.info(
+        "SavedModel in %s: parity check passed, probabilities differ by at most %.1e.", precision, export.max_difference
+    )
     formats = [name for name in run.converted_formats if name != "tflite_int8"]
-    return {"saved_model": export.as_json(), **_convert(run, reference, validated, formats)}
+    exports = {"saved_model": {"precision": precision, **export.as_json()}}
+    return exports | _convert(run, reference, validated, formats)
 
 
 @full_float32()
