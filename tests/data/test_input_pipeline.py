@@ -1,6 +1,7 @@
 """Batches from files and from arrays: the same values, and unreadable images have weight 0."""
 
 import numpy as np
+import psutil
 import pytest
 import tensorflow as tf
 
@@ -57,6 +58,26 @@ def test_files_and_decoded_arrays_give_the_same_batches(folder, tmp_path_factory
             assert one.keys() == other.keys()
             for name in one:
                 np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_pass_over_an_array_does_not_copy_it():
+    values = input_pipeline.page_aligned((50_000, 2048), np.float32)
+    values[:] = np.arange(50_000)[:, None]  # 410 MB
+    source = input_pipeline.array_source(values, np.ones(50_000, bool))
+    plan, memory = sampler.ordered_epoch(50_000, batch_size=500, replicas=1), psutil.Process().memory_info
+    before = memory().rss
+    iterator = iter(input_pipeline.batches(plan, source, np.zeros(50_000, int), transform=None, devices=ONE))
+    first = next(iterator)["x"].numpy()
+    assert memory().rss - before < 100e6
+    rest = [batch["x"].numpy() for batch in iterator]
+    np.testing.assert_array_equal(np.concatenate([first, *rest]), values)
+
+
+def test_an_array_that_is_not_aligned_is_copied():
+    values = np.frombuffer(bytearray(4 * 201), np.float32)[1:].reshape(100, 2)
+    source = input_pipeline.array_source(values, np.ones(100, bool))
+    np.testing.assert_array_equal(source.values, values)
+    assert "CPU" in source.values.device
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -20,7 +20,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from absl import logging
 
 from trainer.models.networks import Network
 
@@ -32,12 +31,10 @@ def fold(backbone: keras.Model, compute_dtype: str = "") -> keras.Model:
     keeps its own. Without `compute_dtype`, each layer computes in the dtype of the
     layer that it comes from. (`backbone.compute_dtype` says float32 in every precision.)
 
-    Returns `backbone` itself, and logs it, if no normalization follows a convolution, as in ConvNeXtTiny, and no
-    `compute_dtype` is given. Call it in the strategy scope of `backbone`.
+    Returns `backbone` itself if no normalization follows a convolution, as in ConvNeXtTiny, and no `compute_dtype` is given. Call it in the strategy scope of `backbone`.
     """
     norms = _norms_by_convolution(backbone)
     if not norms and not compute_dtype:
-        logging.info("No batch normalization follows a convolution: the backbone computes inference as it trains.")
         return backbone
     folded_norms = {id(norm) for norm in norms.values()}
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from absl import logging
 
+from trainer.data.input_pipeline import page_aligned
 from trainer.runtime import agreement
 from trainer.runtime.devices import Devices
 from trainer.storage import files
@@ -72,7 +73,7 @@ def _joined(parts: dict[int, ModelOutputs]) -> ModelOutputs:
     starts = sorted(parts)
     if len(starts) == 1:
         return parts.pop(starts[0])
-    values = np.empty((num_examples, parts[starts[0]].values.shape[1]), np.float32)
+    values = page_aligned((num_examples, parts[starts[0]].values.shape[1]), np.float32)
     is_readable = np.empty(num_examples, bool)
     for start in starts:
         part = parts.pop(start)

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.artifacts.metrics import classification_metrics
+from trainer.data.input_pipeline import page_aligned
 from trainer.data.sampler import EpochPlan
 from trainer.errors import UserError
 from trainer.runtime.devices import Devices
@@ -73,7 +74,7 @@ def run_inference(
         is_real = plan.weight[step].reshape(-1) > 0
         index = plan.index[step].reshape(-1)[is_real]
         if values is None:
-            values = np.zeros((num_examples, output.shape[1] - 2), np.float32)
+            values = page_aligned((num_examples, output.shape[1] - 2), np.float32)
         values[index] = output[is_real, :-2]
         is_readable[index] = output[is_real, -2] > 0
         on_batch(ModelOutputs(values[index], is_readable[index]))

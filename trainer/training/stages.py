@@ -79,8 +79,7 @@ def head_stage(
     images = inputs.images
     batch_times: list[tuple[float, int]] = []
     outputs = cached_features(inputs, feature_dir=feature_dir, feature_source=feature_source, batch_times=batch_times)
-    with tf.device("CPU:0"):  # a GPU would keep all features in its memory
-        table = ArraySource(tf.constant(outputs.values), tf.constant(outputs.is_readable.astype(np.float32)))
+    table = input_pipeline.array_source(outputs.values, outputs.is_readable)
     sources = [table._replace(indices=tf.constant(index)) for index in images.split_indices]
     fit_head = None
     if epochs == UNTIL_DONE:
