@@ -28,10 +28,11 @@ def fold(backbone: keras.Model, compute_dtype: str = "") -> keras.Model:
     """A new model with the inputs and outputs of `backbone`, and its weights of this moment; see `refresh`.
 
     Its layers compute in `compute_dtype` (float32, bfloat16 or float16); only the last layer, whose output are the features,
-    keeps its own. Without `compute_dtype`, each layer computes in the dtype of the
-    layer that it comes from. (`backbone.compute_dtype` says float32 in every precision.)
+    keeps its own. Without `compute_dtype`, each layer computes in the dtype of the layer that it comes from.
+    (`backbone.compute_dtype` says float32 in every precision.)
 
-    Returns `backbone` itself if no normalization follows a convolution, as in ConvNeXtTiny, and no `compute_dtype` is given. Call it in the strategy scope of `backbone`.
+    Returns `backbone` itself if no normalization follows a convolution, as in ConvNeXtTiny, and no `compute_dtype` is given.
+    Call it in the strategy scope of `backbone`.
     """
     norms = _norms_by_convolution(backbone)
     if not norms and not compute_dtype:
