@@ -273,7 +273,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"flags": flag_table, "files": file_tree},
     "README.es.md": {"flags": functools.partial(flag_table, is_spanish=True), "files": spanish_file_tree},
     "docs/architecture.md": {"drawing": drawing, "layers": layer_table},
-    "docs/recipe.md": {"heads": recipe.heads_table},
+    "docs/recipe.md": {"heads": recipe.heads_table, "recipes": recipe.recipes_table},
 }
 
 

@@ -1,14 +1,19 @@
-"""Compares heads on cached features with logistic regression, on images that were cut off before.
+"""The measurements of docs/recipe.md: heads on cached features, and whole recipes, on images that were cut off before.
 
     python -m trainer.task --data_dir=cats_and_dogs --weights=W --job_dir=J --cache_dir=features
-    python docs/recipe.py cats_and_dogs features/features-*.npz
+    python docs/recipe.py heads cats_and_dogs features/features-*.npz
         fits heads, and keeps their accuracy in docs/recipe/heads.json
 
-`python docs/generate.py` then writes the table of docs/recipe.md.
+    python -m trainer.benchmark --suite=accuracy --recipe_dirs=cats_and_dogs --weights=W --output_dir=results
+    python docs/recipe.py recipes results
+        keeps what trainer.benchmark measured in docs/recipe/recipes.json, and draws docs/recipe/recipes.png
+
+`python docs/generate.py` then writes the tables of docs/recipe.md.
 Shapes: N images, F features, C classes.
 """
 
 import argparse
+import csv
 import json
 import pathlib
 import time
@@ -27,6 +32,11 @@ SIZES = ("20", "50", "200", "all")  # images per class
 SEEDS = 3
 NUM_DRAWS = 200
 TEST_FRACTION = VALIDATION_FRACTION = 0.2
+COMPARED_RECIPES = (
+    "trainer --recipe=head",
+    "trainer --recipe=finetune",
+    "logistic regression on the same features",
+)
 TITLES = {
     "cats_and_dogs": "cats and dogs",
     "ten_objects": "ten objects",
@@ -38,17 +48,29 @@ TITLES = {
 
 
 def main() -> None:
-    """Measures the heads of one folder."""
+    """Measures the heads of one folder, or takes over what trainer.benchmark measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir", type=pathlib.Path)
-    parser.add_argument("features", nargs="+", type=pathlib.Path, help="all parts of the cached features of the folder")
+    commands = parser.add_subparsers(dest="command", required=True)
+    heads = commands.add_parser("heads")
+    heads.add_argument("data_dir", type=pathlib.Path)
+    heads.add_argument("features", nargs="+", type=pathlib.Path, help="all parts of the cached features of the folder")
+    recipes = commands.add_parser("recipes")
+    recipes.add_argument("results", type=pathlib.Path, help="--output_dir of trainer.benchmark")
     arguments = parser.parse_args()
+    if arguments.command == "heads":
+        keep_heads(arguments.data_dir, sorted(arguments.features))
+    else:
+        (MEASURED / "recipes.json").write_text((arguments.results / "benchmark.json").read_text())
+        draw_epochs(arguments.results / "histories").savefig(MEASURED / "recipes.png", dpi=100)
+
+
+def keep_heads(data_dir: pathlib.Path, features: list[pathlib.Path]) -> None:
+    """Measures the heads of one folder; those of others are kept."""
     path = MEASURED / "heads.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    name = arguments.data_dir.name
-    measured = measure_heads(arguments.data_dir, sorted(arguments.features))
-    kept = [row for row in rows if row["images"] != name]
-    path.write_text(json.dumps([*kept, *({"images": name, **row} for row in measured)], indent=1) + "\n")
+    measured = measure_heads(data_dir, features)
+    kept = [row for row in rows if row["images"] != data_dir.name]
+    path.write_text(json.dumps([*kept, *({"images": data_dir.name, **row} for row in measured)], indent=1) + "\n")
 
 
 def measure_heads(data_dir: pathlib.Path, features: list[pathlib.Path]) -> list[dict[str, Any]]:
@@ -151,6 +173,48 @@ def heads_table() -> str:
             f"| {100 * baseline['calibration_error']:.1f} | {row['head_cpu_seconds']:.1f} |"
         )
     return "\n".join(lines)
+
+
+def recipes_table() -> str:
+    """The suites `accuracy` of docs/recipe/recipes.json as a Markdown table: means over the rounds."""
+    lines = [
+        "| images | per class | head | fine-tuned | difference, each round | logistic regression | ECE of the three |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for suite in json.loads((MEASURED / "recipes.json").read_text())["suites"]:
+        name, size, _ = suite["title"].split(", ")
+        head, tuned, regression = (suite["figures"][label] for label in COMPARED_RECIPES)
+        accuracy = [np.array(recipe["test_accuracy"]) for recipe in (head, tuned, regression)]
+        errors = [100 * np.mean(recipe["test_calibration_error"]) for recipe in (head, tuned, regression)]
+        means = [f"{values.mean():.3f}" for values in accuracy]
+        gains = 100 * (accuracy[1] - accuracy[0])
+        lines.append(
+            f"| {TITLES[name]} | {size.removesuffix(' images per class')} | {means[0]} | {means[1]} "
+            f"| **{gains.mean():+.1f}** ({', '.join(f'{gain:+.1f}' for gain in gains)}) | {means[2]} "
+            f"| {', '.join(f'{error:.1f}' for error in errors)} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_epochs(histories: pathlib.Path) -> Any:
+    """A figure of the validation accuracy of fine-tuning, epoch by epoch, for each folder; the first epoch is the head."""
+    import matplotlib.figure
+
+    folders = sorted(path for path in histories.iterdir() if any(path.glob("finetune-*.csv")))
+    figure = matplotlib.figure.Figure(figsize=(10, 2.6 * -(-len(folders) // 3)), layout="constrained")
+    for number, folder in enumerate(folders):
+        axes = figure.add_subplot(-(-len(folders) // 3), 3, number + 1)
+        name, size, _ = folder.name.split(", ")
+        for path in sorted(folder.glob("finetune-*.csv")):
+            with open(path, newline="") as file:
+                accuracy = [100 * float(row["val_accuracy"]) for row in csv.DictReader(file)]
+            axes.plot(range(len(accuracy)), accuracy, marker=".", linewidth=1)
+            axes.axhline(accuracy[0], linewidth=0.5, color="gray", linestyle="--")
+        axes.set_title(f"{TITLES[name]}, {size}", fontsize=9)
+        axes.set_xlabel("epoch of the whole network (0: head)", fontsize=8)
+        axes.set_ylabel("validation accuracy, %", fontsize=8)
+        axes.grid(alpha=0.3)
+    return figure
 
 
 if __name__ == "__main__":
