@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import h5py
 import numpy as np
@@ -22,13 +23,19 @@ FLAGS = ["--image_size=32", "--batch_size=8", "--head_epochs=8", "--epochs=14", 
 FITTED_HEAD = ["--head_epochs=-1", "--head_learning_rate=0.001"]
 
 
-def start(images: pathlib.Path, job_dir: pathlib.Path, *more: str, **options) -> subprocess.Popen:
-    """Starts the job with FLAGS and `more` flags; `options` are those of Popen."""
+def start(
+    images: pathlib.Path, job_dir: pathlib.Path, *more: str, prefix: Sequence[str] = (), **options
+) -> subprocess.Popen:
+    """Starts the job with FLAGS and `more` flags, by the command `prefix`; `options` are those of Popen."""
     weights = images.parent / "given.weights.h5"
     weights.write_bytes(b"")  # tiny_job.py does not load it, but its content is part of the name of the features
     flags = [f"--data_dir={images}", f"--job_dir={job_dir}", f"--weights={weights}", *FLAGS, *more]
     return subprocess.Popen(
-        [sys.executable, TINY_JOB, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        [*prefix, sys.executable, TINY_JOB, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
     )
 
 
