@@ -158,7 +158,10 @@ def test_half_precision_gives_finite_float32_features_and_frozen_statistics(name
         layer for layer in network.backbone.layers if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense)
     ]
     assert {layer.compute_dtype for layer in computing} == {precision.removeprefix("mixed_")}
-    features = network.backbone(noise(2)[:, :32, :32] / 127.5 - 1)
+    images = noise(2)[:, :32, :32] / 127.5 - 1
+    features = network.backbone(images)
+    assert networks.input_dtype(network.backbone) == precision.removeprefix("mixed_")
+    np.testing.assert_array_equal(network.backbone(tf.cast(images, precision.removeprefix("mixed_"))), features)
     assert features.dtype == tf.float32
     assert np.isfinite(features).all()
     norms = [layer for layer in network.backbone.layers if isinstance(layer, keras.layers.BatchNormalization)]

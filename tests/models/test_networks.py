@@ -57,6 +57,7 @@ def test_only_pretrained_weights_keep_their_batch_statistics(network, tmp_path):
         )
         outputs = [layer for layer in built.model.layers if layer.name in ("logits", "probabilities")]
         assert [layer.compute_dtype for layer in outputs] == ["float32", "float32"]
+        assert networks.input_dtype(built.backbone) == "bfloat16"
         layers = [layer for layer in built.backbone.layers if isinstance(layer, keras.layers.BatchNormalization)]
         assert len(layers) == 53
         return {layer.trainable for layer in layers}

@@ -58,6 +58,7 @@ def run(folder: str, output: str, flags: argparse.Namespace, machine) -> None:
 
     from trainer.data import input_pipeline
     from trainer.data.preprocessing import Augmentation, NetworkInput
+    from trainer.models import networks
 
     with machine.strategy.scope():
         network = make_network(flags.network, flags.precision, trains_statistics=not flags.frozen)
@@ -100,7 +101,7 @@ def run(folder: str, output: str, flags: argparse.Namespace, machine) -> None:
 
     def make_batches(plan: sampler.EpochPlan, examples: Examples, epoch: int | None):
         augmentation = None if epoch is None else Augmentation(SEED, epoch, strength="basic", flips=True)
-        transform = input_pipeline.BatchTransform("rescale", augmentation, network.backbone.compute_dtype)
+        transform = input_pipeline.BatchTransform("rescale", augmentation, networks.input_dtype(network.backbone))
         return input_pipeline.batches(plan, sources[examples], examples.labels, transform=transform, devices=machine)
 
     rows = []

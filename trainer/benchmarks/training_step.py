@@ -187,7 +187,7 @@ def _file_batches(
 ) -> Iterator:
     repeated = paths[np.arange(MAX_TURNS * workload.num_images) % len(paths)]
     transform = input_pipeline.BatchTransform(
-        preprocessing="caffe", augmentation=None, dtype=network.backbone.compute_dtype
+        preprocessing="caffe", augmentation=None, dtype=networks.input_dtype(network.backbone)
     )
     source = input_pipeline.FileSource(
         directory=folder,
@@ -206,7 +206,7 @@ def _noise_batch(network: networks.Network, workload: Workload) -> dict[str, tf.
     batch_size = workload.batch_size
     shape = [batch_size, workload.image_size, workload.image_size, 3]
     return {
-        "x": tf.cast(tf.random.stateless_normal(shape, [1, 2], stddev=50), network.backbone.compute_dtype),
+        "x": tf.cast(tf.random.stateless_normal(shape, [1, 2], stddev=50), networks.input_dtype(network.backbone)),
         "label": tf.range(batch_size) % 2,
         "weight": tf.ones([batch_size]),
         "loss_weight": tf.ones([batch_size]) / batch_size,

@@ -93,6 +93,14 @@ def with_head(backbone: keras.Model, num_classes: int) -> Network:
     return Network(model, backbone, head)
 
 
+def input_dtype(backbone: keras.Model) -> str:
+    """The dtype to which the first layer casts its input, so that images may have it before they are copied to a device.
+
+    The dtype of the model itself is float32 in every precision: it is built from layers that have their own.
+    """
+    return next(layer for layer in backbone.layers if not isinstance(layer, keras.layers.InputLayer)).compute_dtype
+
+
 def rebuild(
     weights_path: str,
     *,

@@ -20,7 +20,7 @@ from trainer.data.dataset import Split
 from trainer.data.image_source import ImageSource
 from trainer.data.input_pipeline import ArraySource, BatchTransform, FileSource
 from trainer.data.preprocessing import Augmentation, NetworkInput
-from trainer.models import folded
+from trainer.models import folded, networks
 from trainer.models.networks import Network
 from trainer.runtime import agreement
 from trainer.runtime.devices import Devices
@@ -197,13 +197,13 @@ def whole_network_stage(
 
     `augment` is the value of --augment. Raises UserError if too many images cannot be decoded.
     """
-    compute_dtype = inputs.network.backbone.compute_dtype
+    input_dtype = networks.input_dtype(inputs.network.backbone)
 
     def transform(epoch: int | None) -> BatchTransform:
         augmentation = None
         if augment != "none" and epoch is not None:
             augmentation = Augmentation(inputs.seed, epoch, augment, flips)
-        return BatchTransform(inputs.network_input.preprocessing, augmentation, compute_dtype)
+        return BatchTransform(inputs.network_input.preprocessing, augmentation, input_dtype)
 
     _decode_if_cached(inputs)
     sources = [inputs.images.source(index) for index in inputs.images.split_indices]
@@ -238,7 +238,7 @@ def flips_keep_labels(inputs: StageInputs, probabilities: np.ndarray) -> bool:
     backbone, head, labels = inputs.network.backbone, inputs.network.head, inputs.split.validation.labels
     _decode_if_cached(inputs)
     source = inputs.images.source(inputs.images.split_indices[1])
-    transform = BatchTransform(inputs.network_input.preprocessing, None, backbone.compute_dtype)
+    transform = BatchTransform(inputs.network_input.preprocessing, None, networks.input_dtype(backbone))
     plan, batches = _validation_batches(inputs, source, transform)()
     with inputs.devices.strategy.scope():
         inference = folded.fold(backbone)
@@ -291,7 +291,7 @@ def _feature_function(inputs: StageInputs, batch_times: list[tuple[float, int]])
             inference = folded.fold(backbone)
         return make_inference(lambda x: inference(x, training=False), devices)
 
-    transform = BatchTransform(inputs.network_input.preprocessing, None, backbone.compute_dtype)
+    transform = BatchTransform(inputs.network_input.preprocessing, None, networks.input_dtype(backbone))
     batch_size = INFERENCE_BATCH * devices.replicas
 
     def compute(start: int, end: int, on_features: Callable[[ModelOutputs], None]) -> ModelOutputs:
@@ -351,7 +351,7 @@ def _loop_factory(
             accumulate_steps=1 if accumulate_steps == "auto" else int(accumulate_steps),
         )
         if backbone and accumulate_steps == "auto":
-            loop.choose_accumulate_steps(backbone.input_shape[1:], backbone.compute_dtype)
+            loop.choose_accumulate_steps(backbone.input_shape[1:], networks.input_dtype(backbone))
         return loop
 
     return make_loop
