@@ -29,9 +29,12 @@ from absl import flags, logging
 from trainer import cli
 from trainer.errors import UserError
 from trainer.formatting import LANGUAGES
+from trainer.runtime import memory
 from trainer.serving import classifier
 from trainer.serving.classifier import Classifier
 from trainer.storage import files
+
+MEMORY_FOR_MANY_CALLS = 4 * 2**30  # bytes: twice what the conversion of ResNet50 takes
 
 
 def define_flags() -> None:
@@ -114,7 +117,10 @@ def main(arguments: list[str]) -> int:
 
     def load() -> Classifier:
         cli.import_tensorflow()
-        return classifier.load(model_dir, for_many_calls=True)
+        has_memory = memory.free_bytes() >= MEMORY_FOR_MANY_CALLS
+        if not has_memory:
+            logging.info("Less than 4 GiB of memory are free: single images take about 1.4 times as long.")
+        return classifier.load(model_dir, for_many_calls=has_memory)
 
     listening = server.listen(values["host"], values["port"])
     host, port = listening.getsockname()[:2]

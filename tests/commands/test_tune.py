@@ -109,7 +109,8 @@ def test_a_trial_that_is_worse_than_the_median_is_pruned(tmp_path, monkeypatch):
     poor = tuner._study.ask(tuner._distributions)
     activities = []
     outcome = tuner._run_trial(poor, activities.append)
-    assert activities[0] == f"trial {poor.number}, epoch 1"
+    assert activities
+    assert all(activity.startswith(f"trial {poor.number}, epoch ") for activity in activities)
     assert (outcome.state, outcome.val_accuracy) == (STATES.PRUNED, None)
     tuner._record(poor, outcome)
     rows = rows_of(study.results)

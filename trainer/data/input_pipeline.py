@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import tensorflow as tf
 
 from trainer.data import listing
@@ -29,6 +28,7 @@ from trainer.data.preprocessing import (
 )
 from trainer.data.sampler import EpochPlan
 from trainer.errors import UserError
+from trainer.runtime import memory
 from trainer.runtime.devices import Devices
 from trainer.storage import files
 
@@ -285,13 +285,13 @@ def choose_cache(cache: str, *, num_bytes: int, passes: int, directory: str) -> 
     """Resolves --cache for decoded images of `num_bytes`. Raises UserError if the chosen cache does not fit."""
     if cache == "none" or passes < 2:  # a single pass does not use a cache
         return ImageCache(False)
-    memory = _free_memory_bytes()
+    free_memory = memory.free_bytes()
     if cache == "auto":
-        return ImageCache(num_bytes <= memory / 2)
+        return ImageCache(num_bytes <= free_memory / 2)
     if cache == "memory":
-        if num_bytes > 0.8 * memory:
+        if num_bytes > 0.8 * free_memory:
             raise UserError(
-                f"--cache=memory needs {num_bytes / 2**30:.1f} GiB for the decoded images, {memory / 2**30:.1f} GiB "
+                f"--cache=memory needs {num_bytes / 2**30:.1f} GiB for the decoded images, {free_memory / 2**30:.1f} GiB "
                 "are free: pass --cache=disk, or --cache=none."
             )
         return ImageCache(True)
@@ -305,15 +305,6 @@ def choose_cache(cache: str, *, num_bytes: int, passes: int, directory: str) -> 
             f"{free / 2**30:.1f} GiB free: pass another --cache_dir, or --cache=none."
         )
     return ImageCache(True, directory)
-
-
-def _free_memory_bytes() -> int:
-    """Memory that this process can still allocate: the minimum of the machine's and of its control group's."""
-    free = psutil.virtual_memory().available
-    limit = files.read("/sys/fs/cgroup/memory.max")
-    if limit and limit.strip().isdigit():
-        free = min(free, int(limit) - int(files.read("/sys/fs/cgroup/memory.current") or 0))
-    return max(free, 0)
 
 
 def decode_all(source: FileSource, path: str, on_batch: Callable[[int], None]) -> ArraySource:

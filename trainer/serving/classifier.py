@@ -170,7 +170,7 @@ def _with_constants(signature: Any) -> Callable[..., dict[str, Any]]:
 
     TensorFlow then multiplies the factors of batch normalization into the kernels, and oneDNN brings the kernels into its
     own memory layout once and not in each call. ResNet50 in float32 at 224 pixels on two cores with AVX2 took 0.69 of the
-    CPU time for one image, 0.91 for eight; the conversion takes 5 s.
+    CPU time for one image, 0.91 for eight. The conversion takes 5 s and 2 GB of memory, of which 0.9 GB stay in use.
     """
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2  # not in tf.*
