@@ -3,17 +3,19 @@
 import psutil
 
 from trainer.runtime import memory
-from trainer.storage import files
 
 
-def test_without_a_limit_it_is_that_of_the_machine(monkeypatch):
-    monkeypatch.setattr(files, "read", {"/sys/fs/cgroup/memory.max": b"max\n"}.get)
+def test_without_a_limit_it_is_that_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    assert 0 < memory.free_bytes() <= psutil.virtual_memory().total
+    (tmp_path / "memory.max").write_text("max\n")
     assert 0 < memory.free_bytes() <= psutil.virtual_memory().total
 
 
-def test_a_limit_of_the_container_counts(monkeypatch):
-    contents = {"/sys/fs/cgroup/memory.max": b"1000000\n", "/sys/fs/cgroup/memory.current": b"400000\n"}
-    monkeypatch.setattr(files, "read", contents.get)
+def test_a_limit_of_the_container_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
     assert memory.free_bytes() == 600_000
-    contents["/sys/fs/cgroup/memory.current"] = b"1100000\n"
+    (tmp_path / "memory.current").write_text("1100000\n")
     assert memory.free_bytes() == 0
