@@ -410,7 +410,7 @@ def vertex_server(tiny_model_dir):
     server = Server(
         "--max_request_mb=1",
         "--max_requests=1",
-        "--timeout_secs=5",
+        "--timeout_secs=15",
         "--decoders=1",
         health="/ping",
         predict="/v1/endpoints/7:predict",
@@ -439,7 +439,7 @@ def test_vertex_sets_port_routes_and_model_and_the_limits_hold(vertex_server):
     assert vertex_server.classify(make_image(1)).status == 200  # a slow client does not block another
     response = slow.getresponse()
     assert response.status == 408
-    assert "did not arrive within 5 seconds" in json.loads(response.read())["error"]
+    assert "did not arrive within 15 seconds" in json.loads(response.read())["error"]
     with concurrent.futures.ThreadPoolExecutor(1) as clients:
         first = clients.submit(vertex_server.classify, slow_images.large_png(4500))  # over a second
         time.sleep(0.5)  # it arrives
