@@ -318,7 +318,7 @@ class Config:
     serving_precision: str = flag(
         "float32",
         "Precision of the network in the SavedModel. bfloat16 is several times faster on processors that compute in it (Intel "
-        "AMX), slower on others, and moves probabilities by about a point; the log says by how much.",
+        "AMX), slower on others. It moves the probabilities; the log says by how much.",
         choices=("float32", "bfloat16"),
     )
     language: str = flag(

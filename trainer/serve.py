@@ -119,7 +119,9 @@ def main(arguments: list[str]) -> int:
         cli.import_tensorflow()
         has_memory = memory.free_bytes() >= MEMORY_FOR_MANY_CALLS
         if not has_memory:
-            logging.info("Less than 4 GiB of memory are free: single images take about 1.4 times as long.")
+            logging.info(
+                "Less than 4 GiB of memory are free: a SavedModel takes about 1.4 times as long for one image."
+            )
         return classifier.load(model_dir, for_many_calls=has_memory)
 
     listening = server.listen(values["host"], values["port"])

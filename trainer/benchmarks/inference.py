@@ -13,10 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device, rates, read_usage
-from trainer.benchmarks.training_step import Workload
+from trainer.benchmarks.training_step import Workload, repeated_calls
 from trainer.models import folded, networks
 from trainer.training.inference import make_inference
 from trainer.training.interruption import StopReason
+
+ONNX_OPSET = 18  # the newest that tf2onnx 1.17 writes without a warning
 
 
 def inference_suite(
@@ -49,8 +51,8 @@ def inference_suite(
             )
             for package, load in runtimes.items():
                 if precision == "float32" or package == "openvino":
-                    passes = _runtime_passes(functools.partial(load, onnx_model, precision), batches)
-                    baselines.append(Baseline(f"{package}, {name}", passes))
+                    prepare = functools.partial(_runtime_call, load, onnx_model, precision, batches)
+                    baselines.append(Baseline(f"{package}, {name}", repeated_calls(prepare, batches)))
     omitted = [f"{package} is not installed" for package in RUNTIMES if package not in runtimes]
     return Suite(
         name="inference",
@@ -124,7 +126,7 @@ def _convert_to_onnx(build: Callable[..., networks.Network], image_size: int) ->
     backbone = _backbone(build, "float32", image_size)
     network = tf.function(functools.partial(backbone, training=False), autograph=False)
     signature = [tf.TensorSpec([None, image_size, image_size, 3], tf.float32, name="pixels")]
-    return tf2onnx.convert.from_function(network, input_signature=signature, opset=18)[0].SerializeToString()
+    return tf2onnx.convert.from_function(network, input_signature=signature, opset=ONNX_OPSET)[0].SerializeToString()
 
 
 def _load_onnxruntime(onnx_model: Callable[[], bytes], precision: str) -> Callable[[np.ndarray], object]:
@@ -150,18 +152,10 @@ RUNTIMES: dict[str, Callable[[Callable[[], bytes], str], Callable[[np.ndarray], 
 }
 
 
-def _runtime_passes(load: Callable[[], Callable[[np.ndarray], object]], workload: Workload) -> Callable[[], Metrics]:
-    @functools.cache
-    def prepare() -> Callable[[], object]:
-        run = functools.partial(load(), _noise(workload).numpy())
-        run()
-        return run
-
-    def measure() -> Metrics:
-        run = prepare()
-        start = read_usage()
-        for _ in range(workload.steps):
-            run()
-        return rates(workload.num_images, start, read_usage())
-
-    return measure
+def _runtime_call(
+    load: Callable[[Callable[[], bytes], str], Callable[[np.ndarray], object]],
+    onnx_model: Callable[[], bytes],
+    precision: str,
+    workload: Workload,
+) -> Callable[[], object]:
+    return functools.partial(load(onnx_model, precision), _noise(workload).numpy())

@@ -251,7 +251,6 @@ def _torch_model_package() -> str:
 
 
 def _torch_steps(package: str, workload: Workload, *, precision: str, compiles: bool) -> Callable[[], Metrics]:
-    @functools.cache
     def prepare() -> Callable[[], None]:
         import torch
 
@@ -279,14 +278,25 @@ def _torch_steps(package: str, workload: Workload, *, precision: str, compiles: 
             torch.nn.functional.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
 
-        step()
         return step
 
+    return repeated_calls(prepare, workload)
+
+
+def repeated_calls(prepare: Callable[[], Callable[[], object]], workload: Workload) -> Callable[[], Metrics]:
+    """Measures the function that `prepare` makes, which is called once before: one call for each step of the workload."""
+
+    @functools.cache
+    def prepared() -> Callable[[], object]:
+        call = prepare()
+        call()
+        return call
+
     def measure() -> Metrics:
-        step = prepare()
+        call = prepared()
         start = read_usage()
         for _ in range(workload.steps):
-            step()
+            call()
         return rates(workload.num_images, start, read_usage())
 
     return measure

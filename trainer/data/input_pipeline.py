@@ -335,8 +335,8 @@ def decode_all(source: FileSource, path: str, on_batch: Callable[[int], None]) -
 def page_aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """Zeros in memory that TensorFlow can use without a copy, as array_source does."""
     num_values = math.prod(shape)
-    memory = mmap.mmap(-1, max(1, num_values * np.dtype(dtype).itemsize))
-    return np.frombuffer(memory, dtype, num_values).reshape(shape)
+    mapped = mmap.mmap(-1, max(1, num_values * np.dtype(dtype).itemsize))
+    return np.frombuffer(mapped, dtype, num_values).reshape(shape)
 
 
 def array_source(values: np.ndarray, is_readable: np.ndarray) -> ArraySource:
