@@ -19,6 +19,7 @@ from trainer.artifacts.metrics import expected_calibration_error, top_class
 from trainer.benchmarks.end_to_end import TASK, TimedProcess, link, python_command
 from trainer.benchmarks.suite import RECIPES, Baseline, Metrics, Suite
 from trainer.data import listing
+from trainer.data.preprocessing import NetworkInput, decode_image, preprocess
 
 TEST_FRACTION = 0.2  # of each class, which no recipe sees
 EVALUATE = (TASK[0], "-m", "trainer.evaluate")
@@ -174,19 +175,25 @@ def _backbone(weights: str, image_size: int) -> keras.Model:
 
 
 def fit_logistic_regression(root: str, weights: str, image_size: str, seed: str) -> None:
-    """Pooled features of the training images, standardized; scikit-learn's LogisticRegressionCV by accuracy."""
+    """Pooled features of images that are read as the trainer does, standardized; LogisticRegressionCV by accuracy."""
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     size = int(image_size)
+    network_input = NetworkInput(size, resize="stretch", preprocessing="caffe")
     pooled = keras.layers.GlobalAveragePooling2D()(_backbone(weights, size).output)
     network = keras.Model(_backbone_input(pooled), pooled)
     features, labels = [], []
-    for dataset in _datasets(root, size, int(seed)):
-        batches = [(network(keras.applications.resnet50.preprocess_input(x)).numpy(), y.numpy()) for x, y in dataset]
-        features.append(np.concatenate([x for x, _ in batches]))
-        labels.append(np.concatenate([y for _, y in batches]))
+    for part in ("train", "test"):
+        found = listing.list_files(os.path.join(root, part))
+        paths = [os.path.join(root, part, path) for path in found.paths]
+        images = tf.data.Dataset.from_tensor_slices(paths).map(
+            lambda path: decode_image(tf.io.read_file(path), network_input)
+        )
+        batches = images.batch(32).map(lambda batch: preprocess(batch, network_input.preprocessing))
+        features.append(network.predict(batches, verbose=0))
+        labels.append(np.array(found.labels))
     search = LogisticRegressionCV(
         Cs=8, cv=5, scoring="accuracy", l1_ratios=(0,), max_iter=1000, use_legacy_attributes=False
     )
