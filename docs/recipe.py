@@ -178,20 +178,22 @@ def heads_table() -> str:
 def recipes_table() -> str:
     """The suites `accuracy` of docs/recipe/recipes.json as a Markdown table: means over the rounds."""
     lines = [
-        "| images | per class | head | fine-tuned | difference, each round | logistic regression | ECE of the three |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| images | per class | head | fine-tuned | difference, each round | logistic regression | ECE of the three "
+        "| seconds of the three |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for suite in json.loads((MEASURED / "recipes.json").read_text())["suites"]:
         name, size, _ = suite["title"].split(", ")
-        head, tuned, regression = (suite["figures"][label] for label in COMPARED_RECIPES)
-        accuracy = [np.array(recipe["test_accuracy"]) for recipe in (head, tuned, regression)]
-        errors = [100 * np.mean(recipe["test_calibration_error"]) for recipe in (head, tuned, regression)]
+        compared = [suite["figures"][label] for label in COMPARED_RECIPES]
+        accuracy = [np.array(recipe["test_accuracy"]) for recipe in compared]
+        errors = [100 * np.mean(recipe["test_calibration_error"]) for recipe in compared]
+        seconds = [np.mean(recipe["seconds"]) for recipe in compared]
         means = [f"{values.mean():.3f}" for values in accuracy]
         gains = 100 * (accuracy[1] - accuracy[0])
         lines.append(
             f"| {TITLES[name]} | {size.removesuffix(' images per class')} | {means[0]} | {means[1]} "
             f"| **{gains.mean():+.1f}** ({', '.join(f'{gain:+.1f}' for gain in gains)}) | {means[2]} "
-            f"| {', '.join(f'{error:.1f}' for error in errors)} |"
+            f"| {', '.join(f'{error:.1f}' for error in errors)} | {', '.join(f'{second:.0f}' for second in seconds)} |"
         )
     return "\n".join(lines)
 
@@ -199,6 +201,7 @@ def recipes_table() -> str:
 def draw_epochs(histories: pathlib.Path) -> Any:
     """A figure of the validation accuracy of fine-tuning, epoch by epoch, for each folder; the first epoch is the head."""
     import matplotlib.figure
+    from matplotlib import ticker
 
     folders = sorted(path for path in histories.iterdir() if any(path.glob("finetune-*.csv")))
     figure = matplotlib.figure.Figure(figsize=(10, 2.6 * -(-len(folders) // 3)), layout="constrained")
@@ -211,6 +214,7 @@ def draw_epochs(histories: pathlib.Path) -> Any:
             axes.plot(range(len(accuracy)), accuracy, marker=".", linewidth=1)
             axes.axhline(accuracy[0], linewidth=0.5, color="gray", linestyle="--")
         axes.set_title(f"{TITLES[name]}, {size}", fontsize=9)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epoch of the whole network (0: head)", fontsize=8)
         axes.set_ylabel("validation accuracy, %", fontsize=8)
         axes.grid(alpha=0.3)

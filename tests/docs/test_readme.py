@@ -167,6 +167,14 @@ def test_the_measurements_in_readme_are_those_of_the_benchmark():
     assert measured == [[number.rstrip(".") for number in row] for row in expected]
 
 
+def test_the_recipes_in_readme_are_those_that_were_measured():
+    suites = json.loads((ROOT / "docs" / "recipe" / "recipes.json").read_text())["suites"]
+    labels = ("trainer --recipe=head", "trainer --recipe=finetune")
+    means = [[statistics.mean(suite["figures"][label]["test_accuracy"]) for label in labels] for suite in suites]
+    rows = re.findall(r"^\| .+ \| (0\.\d{3}) \| (0\.\d{3}) \|$", README, re.MULTILINE)
+    assert rows == [(f"{head:.3f}", f"{tuned:.3f}") for head, tuned in means]
+
+
 def test_each_screenshot_exists_and_has_a_script():
     names = {
         name for page in PAGES for name in re.findall(r"!\[[^]]+\]\(docs/images/([\w.]+)\)", (ROOT / page).read_text())
