@@ -3,12 +3,15 @@
 import json
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.images import write_images
 from tests.support.paths import TINY_JOB
 from trainer.benchmarks import recipes, results
 from trainer.benchmarks.suite import RECIPES
+from trainer.data import preprocessing
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,17 @@ def suite_of(images, directory, names: list[str], **changed):
         **changed,
     )
     return suite
+
+
+def test_logistic_regression_reads_large_images_by_area_as_the_trainer_does(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 128, 128, 3), np.uint8)
+    for name, image in zip("ab", pixels, strict=True):
+        (tmp_path / name).mkdir()
+        Image.fromarray(image).save(tmp_path / name / "image.png")
+    inputs, labels = recipes.network_inputs(str(tmp_path), 32)
+    blue_green_red = pixels.reshape(2, 32, 4, 32, 4, 3).mean(axis=(2, 4))[..., ::-1]
+    np.testing.assert_allclose(next(iter(inputs)) + preprocessing.IMAGENET_BGR_MEANS, blue_green_red, atol=0.51)
+    np.testing.assert_array_equal(labels, [0, 1])
 
 
 @pytest.mark.slow

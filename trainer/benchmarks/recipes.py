@@ -181,24 +181,29 @@ def fit_logistic_regression(root: str, weights: str, image_size: str, seed: str)
     from sklearn.preprocessing import StandardScaler
 
     size = int(image_size)
-    network_input = NetworkInput(size, resize="stretch", preprocessing="caffe")
     pooled = keras.layers.GlobalAveragePooling2D()(_backbone(weights, size).output)
     network = keras.Model(_backbone_input(pooled), pooled)
     features, labels = [], []
     for part in ("train", "test"):
-        found = listing.list_files(os.path.join(root, part))
-        paths = [os.path.join(root, part, path) for path in found.paths]
-        images = tf.data.Dataset.from_tensor_slices(paths).map(
-            lambda path: decode_image(tf.io.read_file(path), network_input)
-        )
-        batches = images.batch(32).map(lambda batch: preprocess(batch, network_input.preprocessing))
-        features.append(network.predict(batches, verbose=0))
-        labels.append(np.array(found.labels))
+        inputs, labels_of_part = network_inputs(os.path.join(root, part), size)
+        features.append(network.predict(inputs, verbose=0))
+        labels.append(labels_of_part)
     search = LogisticRegressionCV(
         Cs=8, cv=5, scoring="accuracy", l1_ratios=(0,), max_iter=1000, use_legacy_attributes=False
     )
     model = make_pipeline(StandardScaler(), search).fit(features[0], labels[0])
     _print_metrics(model.predict_proba(features[1]), labels[1])
+
+
+def network_inputs(folder: str, image_size: int) -> tuple[tf.data.Dataset, np.ndarray]:
+    """Batches float32 [B, S, S, 3] of the inputs of ResNet50, as the trainer reads them by default, and the labels int [N]."""
+    network_input = NetworkInput(image_size, resize="stretch", preprocessing="caffe")
+    found = listing.list_files(folder)
+    images = tf.data.Dataset.from_tensor_slices([os.path.join(folder, path) for path in found.paths]).map(
+        lambda path: decode_image(tf.io.read_file(path), network_input)
+    )
+    inputs = images.batch(32).map(lambda batch: preprocess(batch, network_input.preprocessing))
+    return inputs, np.array(found.labels)
 
 
 def _backbone_input(output: keras.KerasTensor) -> keras.KerasTensor:
