@@ -46,9 +46,17 @@ def test_a_command_that_hangs_is_killed_with_its_children_and_later_not_run_agai
     assert "epoch 2: timeout: killed after 0.3 s; it is not run again." in caplog.text
     children = (tmp_path / "children").read_text().split()
     assert len(children) == epoch_command.MAX_TIMEOUTS
-    assert not any(
-        psutil.pid_exists(int(child)) and psutil.Process(int(child)).status() != "zombie" for child in children
-    )
+    deadline = time.monotonic() + 10  # a killed process is seen for a moment after the signal was sent
+    while any(map(_is_running, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_is_running, children))
+
+
+def _is_running(process_id: str) -> bool:
+    try:
+        return psutil.Process(int(process_id)).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_process_left_in_the_background_does_not_delay_the_job(tmp_path):
