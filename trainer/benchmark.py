@@ -7,6 +7,7 @@
 
     accuracy   seconds to 96.49 % validation accuracy: the default recipe, and the article's recipe in Keras;
                with --recipe_dirs also the accuracy of recipes on images that were cut off before
+    job        time and memory of whole jobs, also with features in the cache, and of an earlier version of this project
     step       images per second of the training loop, of Keras fit, and of PyTorch where it is installed, also compiled
     inference  CPU time of the features of a job, of Keras predict, and of ONNX Runtime and OpenVINO where installed
     input      the input pipeline, image_dataset_from_directory, ImageDataGenerator and a plain decode
@@ -21,7 +22,7 @@ package versions wrote there is kept, until it is measured again. All suites tog
 import os
 import tempfile
 
-from absl import flags
+from absl import flags, logging
 
 from trainer import cli
 from trainer.benchmarks import results
@@ -31,7 +32,7 @@ from trainer.data.dataset import read_folder
 from trainer.errors import UserError
 from trainer.storage import files
 
-DEFAULT_SUITES = ("accuracy", "step", "inference", "input", "resume", "growth")
+DEFAULT_SUITES = ("accuracy", "job", "step", "inference", "input", "resume", "growth")
 SUITES = (*DEFAULT_SUITES, "bucket")  # bucket needs a bucket
 
 
@@ -40,7 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "data_dir", "", "Local folder with one sub-folder of JPEG files per class. Without it, images are synthetic."
     )
-    flags.DEFINE_string("weights", "none", "Suite accuracy: imagenet, none, or the path of a weights file.")
+    flags.DEFINE_string("weights", "none", "Suites accuracy and job: imagenet, none, or the path of a weights file.")
     flags.DEFINE_list("suite", ",".join(DEFAULT_SUITES), f"Suites to run, comma-separated: {', '.join(SUITES)}.")
     flags.DEFINE_string("output_dir", "benchmark", "Folder for benchmark.md, benchmark.json and benchmark.png.")
     flags.DEFINE_integer("rounds", 3, "Measurements of each baseline.", lower_bound=1)
@@ -66,6 +67,9 @@ def define_flags() -> None:
         "recipe_limit_secs", 3600, "Suite accuracy: time limit of a recipe in Keras, which ends with its last epoch."
     )
     flags.DEFINE_string("note", "", "Text for benchmark.md on the conditions of the run, such as other load.")
+    flags.DEFINE_string(
+        "earlier_checkout", "", "Suite job: folder with an earlier version of this project, to compare with."
+    )
     flags.DEFINE_string("bucket_dir", "", "Suite bucket: gs:// folder with all images of --data_dir.")
     flags.DEFINE_string("packed_dir", "", "Suite bucket: gs:// folder with the shards of these images (trainer.pack).")
 
@@ -119,6 +123,8 @@ def _suites(name: str, folder: str, directory: str) -> list[Suite]:
     size = values.image_size
     if name == "accuracy":
         return [*_time_to_goal_suites(folder, directory), *_recipe_suites(directory)]
+    if name == "job":
+        return _job_suites(folder, directory)
     if name == "step":
         return [_step_suite(folder)]
     if name == "inference":
@@ -166,6 +172,24 @@ def _recipe_suites(directory: str) -> list[Suite]:
         names=values.recipes,
         limit_seconds=values.recipe_limit_secs,
     )
+
+
+def _job_suites(folder: str, directory: str) -> list[Suite]:
+    from trainer.benchmarks import end_to_end
+
+    values = flags.FLAGS
+    if values.weights == "none":  # without weights there are no features, and no job that a user would start
+        logging.warning("The suite job is not measured: pass --weights.")
+        return []
+    return [
+        end_to_end.job_suite(
+            folder,
+            values.weights,
+            directory,
+            image_size=values.image_size,
+            earlier_checkout=values.earlier_checkout,
+        )
+    ]
 
 
 def _step_suite(folder: str) -> Suite:

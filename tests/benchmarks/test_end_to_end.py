@@ -30,6 +30,31 @@ def test_accuracy_stops_the_article_recipe_at_its_budget(images, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_job_is_measured_with_and_without_features_in_the_cache(images, tmp_path):
+    task = (*TINY_TASK, "--head_epochs=0", "--epochs=1", "--learning_rate=1e-3")
+    suite = end_to_end.job_suite(str(images), "none", str(tmp_path), image_size=32, task=task)
+    figures = results.measure(suite, rounds=1)["figures"]
+    assert list(figures) == ["job", "job, features in the cache"]
+    for metrics in figures.values():
+        assert metrics["cpu_seconds"][0] > 1
+        assert metrics["peak_mib"][0] > 100
+
+
+def test_an_earlier_version_does_the_same_jobs(images, tmp_path):
+    suite = end_to_end.job_suite(
+        str(images), "imagenet", str(tmp_path), image_size=32, earlier_checkout=str(tmp_path / "earlier")
+    )
+    names = [baseline.name for baseline in suite.baselines]
+    assert names == [
+        "job", "job, features in the cache", "job, earlier version", "job, features in the cache, earlier version"
+    ]  # fmt: skip
+    for target in suite.targets:
+        assert (target.numerator, target.denominator) == (f"{target.denominator}, earlier version", target.denominator)
+        assert {target.numerator, target.denominator} <= set(names)
+    assert len(suite.targets) == 2
+
+
+@pytest.mark.slow
 def test_resume_measures_first_step_and_exit(images, tmp_path):
     suite = end_to_end.resume_suite(str(images), str(tmp_path), image_size=32, task=TINY_TASK)
     for metrics in results.measure(suite, rounds=1)["figures"].values():
@@ -75,6 +100,16 @@ def test_a_process_with_another_exit_code_is_an_error():
     process = end_to_end.TimedProcess([sys.executable, "-c", "print('reason'); raise SystemExit(3)"])
     with pytest.raises(RuntimeError, match="exit code 3: reason"):
         process.wait(0)
+
+
+def test_a_process_runs_in_the_folder_of_its_checkout_and_its_peak_memory_is_read(tmp_path):
+    code = "import os; memory = bytes(range(256)) * 2**18; print(os.getcwd(), flush=True); input()"
+    process = end_to_end.TimedProcess([sys.executable, "-c", code], directory=str(tmp_path))
+    process.wait_for(f"^{re.escape(str(tmp_path.resolve()))}$")
+    assert 64 < process.peak_mib() < 500
+    process.send_signal(signal.SIGKILL)
+    process.wait(-signal.SIGKILL)
+    assert process.peak_mib() == 0
 
 
 def test_a_process_without_the_awaited_line_is_an_error():

@@ -1,4 +1,4 @@
-"""Suites `accuracy`, `resume` and `growth`: each measurement is a process, imports included.
+"""Suites `accuracy`, `job`, `resume` and `growth`: each measurement is a process, imports included.
 
 `python -c` runs train_article_recipe and read_folder_once of this module in those processes.
 """
@@ -22,7 +22,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device
+from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device, read_usage
 from trainer.data import input_pipeline, listing, sampler, splits
 from trainer.data.dataset import read_folder
 from trainer.data.preprocessing import NetworkInput
@@ -36,9 +36,11 @@ RANDOM_WEIGHTS_FLAGS = ("--head_epochs=0", "--epochs=8", "--learning_rate=1e-3",
 class TimedProcess:
     """A child process whose output lines carry the seconds since its start. It is killed after `limit_seconds`."""
 
-    def __init__(self, command: list[str], *, limit_seconds: float = float("inf")):
+    def __init__(self, command: list[str], *, limit_seconds: float = float("inf"), directory: str | None = None):
         self._started = time.monotonic()
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=directory
+        )
         self._output: list[str] = []
         self._timer = None
         if limit_seconds != float("inf"):
@@ -59,6 +61,13 @@ class TimedProcess:
             if match:
                 return seconds, match
         raise RuntimeError(f"the process exited without output {pattern!r}: {self._last_lines()}")
+
+    def peak_mib(self) -> float:
+        """Peak resident memory of the process so far; 0 after its exit."""
+        try:
+            return _peak_memory_mib(str(self._process.pid))
+        except (OSError, KeyError):  # no such process, or one that has ended and has no memory
+            return 0.0
 
     def send_signal(self, number: int) -> None:
         """Sends a signal to the process."""
@@ -210,6 +219,65 @@ def train_article_recipe(split_dir: str, weights: str, image_size: str) -> None:
     network.fit(training, validation_data=validation, epochs=100, callbacks=[print_accuracy], verbose=0)
 
 
+# ---- job
+
+
+def job_suite(
+    folder: str,
+    weights: str,
+    directory: str,
+    *,
+    image_size: int,
+    earlier_checkout: str = "",
+    task: tuple[str, ...] = TASK,
+) -> Suite:
+    """Whole jobs of the default recipe: the first on its images, and one that finds their features in the cache.
+
+    `earlier_checkout` is a folder with an earlier version of this project, which then does the same jobs in turn.
+    """
+    versions: dict[str, str | None] = {"": None}
+    if earlier_checkout:
+        versions[", earlier version"] = os.path.abspath(earlier_checkout)
+    baselines = []
+    for number, (suffix, checkout) in enumerate(versions.items()):
+        flags = [
+            f"--data_dir={os.path.abspath(folder)}",
+            f"--job_dir={os.path.join(directory, f'job-{number}')}",
+            f"--cache_dir={os.path.join(directory, f'cache-{number}')}",
+            f"--weights={os.path.abspath(weights) if os.path.exists(weights) else weights}",
+            f"--image_size={image_size}",
+        ]
+        measure = functools.partial(_run_job, [*task, *flags], checkout)
+        caches = [os.path.join(directory, f"{name}-{number}") for name in ("job", "cache")]
+        baselines.append(Baseline(f"job{suffix}", functools.partial(measure, removed=caches)))
+        baselines.append(
+            Baseline(f"job, features in the cache{suffix}", functools.partial(measure, removed=caches[:1]))
+        )
+    targets = [
+        Target(
+            description=f"CPU time, earlier version / this version, {name}",
+            metric="cpu_seconds",
+            numerator=f"{name}, earlier version",
+            denominator=name,
+            bound=1.0,
+        )
+        for name in ("job", "job, features in the cache")
+        if earlier_checkout
+    ]
+    title = f"whole jobs on {len(listing.list_files(folder).paths):,} images of {image_size} pixels"
+    return Suite("job", title, "cpu_seconds", baselines, targets)
+
+
+def _run_job(command: list[str], checkout: str | None, *, removed: list[str]) -> Metrics:
+    for path in removed:
+        shutil.rmtree(path, ignore_errors=True)
+    start = read_usage()
+    process = TimedProcess(command, directory=checkout)
+    peak_mib = max((process.peak_mib() for _ in process.lines()), default=0.0)
+    seconds = process.wait(0)
+    return {"seconds": seconds, "cpu_seconds": read_usage().cpu_seconds - start.cpu_seconds, "peak_mib": peak_mib}
+
+
 # ---- resume
 
 
@@ -315,7 +383,7 @@ def read_folder_once(folder: str, image_size: str) -> None:
     print("metrics", json.dumps(metrics), flush=True)
 
 
-def _peak_memory_mib() -> float:
-    """Peak resident memory of this process. ru_maxrss does not serve: a process inherits it from its parent."""
-    status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+def _peak_memory_mib(process_id: str = "self") -> float:
+    """Peak resident memory of a process. ru_maxrss does not serve: a process inherits it from its parent."""
+    status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{process_id}/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
