@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from trainer.benchmarks.suite import Baseline, Metrics, Suite, Target, one_device, read_usage
 from trainer.data import input_pipeline, listing, sampler, splits
@@ -188,6 +189,7 @@ def _follow_epochs(process: TimedProcess, pattern: str) -> Metrics:
         if match:
             values = {name: float(value) for name, value in match.groupdict().items()}
             accuracy = values["accuracy"] if "accuracy" in values else values["correct"] / values["total"]
+            logging.info("%.0f s: validation accuracy %.4f", seconds, accuracy)
             best_accuracy = max(best_accuracy, accuracy)
             if best_accuracy >= ARTICLE_ACCURACY:
                 seconds_to_goal = min(seconds_to_goal, seconds)
