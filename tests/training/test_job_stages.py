@@ -1,5 +1,7 @@
 from types import SimpleNamespace
 
+import pytest
+
 from trainer.config import Config
 from trainer.models import backbones
 from trainer.training import feature_cache, job_stages, stages
@@ -31,6 +33,21 @@ def test_features_of_a_folded_backbone_have_the_key_of_earlier_ones_where_they_d
 
     assert name("float32") == earlier_name("float32")
     assert name("mixed_bfloat16") != earlier_name("mixed_bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "cores", "size"),
+    [
+        ("CPU", "float32", 2, 16),
+        ("CPU", "float32", 48, 48),
+        ("CPU", "float32", 256, 64),
+        ("CPU", "mixed_bfloat16", 2, 64),
+        ("GPU", "float32", 2, 64),
+    ],
+)
+def test_features_are_computed_in_small_batches_where_those_need_less_memory(kind, precision, cores, size, monkeypatch):
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: cores)
+    assert stages.feature_batch_size(kind, precision) == size
 
 
 def test_pretrained_weights_are_fine_tuned_at_a_relative_rate():
