@@ -28,6 +28,10 @@ _NUM_STOP_REASONS = len(StopReason) - 1  # without NONE
 _STOP_COLUMNS = slice(3, 3 + _NUM_STOP_REASONS)  # of the row of a step
 _ROW_SIZE = 3 + _NUM_STOP_REASONS + 1
 
+# Gradients are summed over the replicas in parts of this size, the last layers' first, while those of earlier layers are
+# still being computed; in one part, they would wait for the first layer. The default of PyTorch's DistributedDataParallel.
+BYTES_PER_PACK = 25 * 2**20
+
 
 class TrainingLoop:
     """Trains and evaluates `head` behind `backbone` (None: the examples are features already) on all replicas.
@@ -147,7 +151,8 @@ class TrainingLoop:
             axis=0,
         )
         if self._devices.replicas > 1:
-            *grads, row = context.all_reduce(tf.distribute.ReduceOp.SUM, [*grads, row])
+            options = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=BYTES_PER_PACK)
+            *grads, row = context.all_reduce(tf.distribute.ReduceOp.SUM, [*grads, row], options)
         self.optimizer.apply(grads, self._trainable)
         return row
 
