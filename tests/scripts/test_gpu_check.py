@@ -12,7 +12,7 @@ from tests.support.paths import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # two jobs, a server and eight measurements
+@pytest.mark.timeout(1800)  # two jobs, a server and some twenty measurements
 @pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="this machine has a GPU")
 def test_without_a_gpu_each_of_its_lines_is_not_measured_and_the_rest_passes(tmp_path):
     page = tmp_path / "page.md"
@@ -37,6 +37,7 @@ def test_without_a_gpu_each_of_its_lines_is_not_measured_and_the_rest_passes(tmp
         "nvidia-smi during the job, with its start and its export",
         "out of memory",
         "step rates",
+        "rates of features",
     }
     passed = {name for name, status in statuses.items() if status == "ok"}
     assert passed >= {
@@ -49,6 +50,7 @@ def test_without_a_gpu_each_of_its_lines_is_not_measured_and_the_rest_passes(tmp
     }
     for precision in ("float32", "mixed_bfloat16", "mixed_float16"):
         assert f"| Keras fit, {precision} " in page.read_text()
+        assert f"| trainer folded, {precision}, 1 image at a time " in page.read_text()
 
 
 def test_the_lines_of_nvidia_smi_are_summarized():
