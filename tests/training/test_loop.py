@@ -1,6 +1,9 @@
 """The training loop compared with Keras' own, and its randomness, precision, timing and errors."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import time
 
 import keras
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.support.paths import ROOT
 from trainer import cli
 from trainer.data import input_pipeline, sampler
 from trainer.errors import UserError
@@ -343,3 +347,21 @@ def test_waiting_for_input_is_measured_apart_from_computing():
     assert slow.input_wait_seconds > 0.05 * plan.steps * 0.9
     assert slow.seconds - slow.input_wait_seconds < slow.input_wait_seconds / 2  # seven steps of a tiny network
     assert fast.input_wait_seconds < slow.input_wait_seconds / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are not bound to a core on this system")
+def test_on_one_core_computing_is_not_taken_for_waiting():
+    """TensorFlow then has one thread for operations; it counts the cores when it is imported."""
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+    code += "from tests.training.test_loop import print_wait_share; print_wait_share()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert float(done.stdout.splitlines()[-1]) < 0.5
+
+
+def print_wait_share() -> None:
+    """Prints the share of an epoch that a network which is slow to compute waits for its input, which is in memory."""
+    _, loop = make_loop(layers=[keras.layers.Dense(4000, "relu") for _ in range(3)])
+    run_epoch(loop, make_batches(make_plan(0)), steps_per_loop=make_plan(0).steps)  # builds the graphs
+    totals = run_epoch(loop, make_batches(make_plan(0)), steps_per_loop=make_plan(0).steps)
+    print(totals.input_wait_seconds / totals.seconds)

@@ -133,7 +133,12 @@ class TrainingLoop:
             batch = next(iterator)
         local = (self._devices.strategy.experimental_local_results(value) for value in batch.values())
         with tf.control_dependencies([part for parts in local for part in parts]):
-            return batch, tf.timestamp() - started
+            ended = tf.timestamp()
+        if self._devices.local_replicas == 1:
+            # TensorFlow has one thread on one core, which would compute the step before it reads the clock.
+            with tf.control_dependencies([ended]):
+                batch = tf.nest.map_structure(tf.identity, batch, expand_composites=True)
+        return batch, ended - started
 
     @tf.autograph.experimental.do_not_convert
     def _step(self, batch: dict[str, tf.Tensor], stop: tf.Tensor, proposal: tf.Tensor) -> tf.Tensor:
