@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import warnings
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def test_the_table_has_median_minimum_and_maximum(measured):
 def test_markdown_lists_machine_note_and_targets(measured):
     machine = results.machine()
     text = results.markdown({"machine": machine, "note": "On a shared machine.", "suites": [measured]})
-    assert f"{machine['processor']}, {machine['cores']} cores" in text
+    assert f"{machine['processor']}, {machine['cores']} core" in text
     assert "On a shared machine." in text
     assert "| g / f | at least 2 | 2.00 | met |" in text
     assert "| g / f | at most 1.9 | 2.00 | missed |" in text
@@ -75,3 +77,16 @@ def test_a_suite_replaces_the_earlier_one_of_its_title_but_for_other_baselines(m
     kept, replaced = results.add([measured, other], again)
     assert kept == other
     assert replaced["figures"] == {"f": measured["figures"]["f"], "g": {"seconds": [7.0]}}
+
+
+def test_a_goal_that_is_not_reached_is_said_in_the_table_and_drawn_without_a_bar():
+    baselines = [Baseline("fast", lambda: {"s": 3.0}), Baseline("never", lambda: {"s": math.inf})]
+    target = Target("ratio", "s", "never", "fast", 2.0, at_least=False)
+    measured = results.measure(Suite("demo", "a title", "s", baselines, targets=[target]), 1)
+    page = results.markdown({"machine": {**results.machine(), "cores": 1}, "note": "", "suites": [measured]})
+    assert "| never | not reached |" in page
+    assert "| ratio | at most 2 | not reached | missed |" in page
+    assert ", 1 core," in page
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results.chart({"machine": results.machine(), "note": "", "suites": [measured]})

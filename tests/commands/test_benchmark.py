@@ -45,7 +45,7 @@ def test_the_command_writes_results_and_keeps_earlier_suites(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--suite=speed", "'speed' is not a suite: pass --suite with one or more of accuracy,step,"),
+        ("--suite=speed", "'speed' is not a suite: pass --suite with one or more of accuracy,job,step,"),
         ("--growth_sizes=20,few", "--growth_sizes is '20,few': pass comma-separated integers of 20 or more."),
         ("--suite=bucket", "--data_dir is not set"),
     ],

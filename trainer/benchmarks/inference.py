@@ -18,7 +18,9 @@ from trainer.models import folded, networks
 from trainer.training.inference import make_inference
 from trainer.training.interruption import StopReason
 
-MIN_SINGLE_IMAGES = 16  # with 2, an image takes 0.24 s after another baseline, with 10, 0.15 s (one core of an AMD EPYC)
+MIN_SINGLE_IMAGES = (
+    16  # with 2, an image takes 0.24 s after another baseline, with 10, 0.15 s (one core of an AMD EPYC)
+)
 ONNX_OPSET = 18  # the newest that tf2onnx 1.17 writes without a warning
 
 

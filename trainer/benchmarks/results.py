@@ -1,6 +1,7 @@
 """Runs a suite, and writes the results as JSON, Markdown and a chart. Imports no TensorFlow."""
 
 import io
+import math
 import os
 import platform
 import statistics
@@ -118,10 +119,17 @@ def suite_table(suite: dict[str, Any]) -> str:
 
 
 def _cell(values: list[float]) -> str:
-    median = statistics.median(values)
-    if min(values) == max(values):
-        return f"{median:.4g}"
-    return f"{median:.4g} ({min(values):.4g} to {max(values):.4g})"
+    median, least, most = (_number(value) for value in (statistics.median(values), min(values), max(values)))
+    return median if least == most else f"{median} ({least} to {most})"
+
+
+def _number(value: float, digits: str = ".4g") -> str:
+    """The number; a time without end is that to a goal that was not reached, and a ratio with it is none."""
+    return f"{value:{digits}}" if math.isfinite(value) else "not reached"
+
+
+def _cores(about: dict[str, Any]) -> str:
+    return f"{about['processor']}, {about['cores']} core{'s' if about['cores'] > 1 else ''}"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -131,7 +139,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Benchmark",
         "",
-        f"{about['processor']}, {about['cores']} cores, load {about['load'][0]} at the end; {versions}.",
+        f"{_cores(about)}, load {about['load'][0]} at the end; {versions}.",
         "",
         *([results["note"], ""] if results["note"] else []),
         "Cells show the median over the rounds (minimum to maximum). Rounds alternate between the baselines; a ratio is",
@@ -146,7 +154,7 @@ def markdown(results: dict[str, Any]) -> str:
         for target in suite["aims"]:
             bound = f"{'at least' if target['at_least'] else 'at most'} {target['bound']:g}"
             verdict = "met" if target["is_met"] else "missed"
-            lines.append(f"| {target['aim']} | {bound} | {target['ratio']:.2f} | {verdict} |")
+            lines.append(f"| {target['aim']} | {bound} | {_number(target['ratio'], '.2f')} | {verdict} |")
     return "\n".join([*lines, "", *(suite_table(suite) + "\n" for suite in results["suites"])])
 
 
@@ -161,7 +169,7 @@ def chart(results: dict[str, Any]) -> bytes:
     for axes, suite in zip(panels, suites, strict=True):
         _draw_bars(axes, suite)
     about = results["machine"]
-    figure.supxlabel(f"{about['processor']}, {about['cores']} cores", x=0.99, ha="right", fontsize=8, color="#5e5c64")
+    figure.supxlabel(_cores(about), x=0.99, ha="right", fontsize=8, color="#5e5c64")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
@@ -170,12 +178,14 @@ def chart(results: dict[str, Any]) -> bytes:
 def _draw_bars(axes: "Axes", suite: dict[str, Any]) -> None:
     metric = suite["figure"]
     values = {name: metrics[metric] for name, metrics in suite["figures"].items()}
+    labels = [f" {_number(statistics.median(rounds))}" for rounds in values.values()]
+    values = {name: [value if math.isfinite(value) else 0.0 for value in rounds] for name, rounds in values.items()}
     medians = [statistics.median(rounds) for rounds in values.values()]
     below = [median - min(rounds) for median, rounds in zip(medians, values.values(), strict=True)]
     above = [max(rounds) - median for median, rounds in zip(medians, values.values(), strict=True)]
     colors = ["#1a5fb4" if name.startswith("trainer ") else "#9a9996" for name in values]
     bars = axes.barh(list(values), medians, xerr=[below, above], color=colors, ecolor="#3d3846", capsize=3)
-    axes.bar_label(bars, [f" {median:.4g}" for median in medians], padding=6, fontsize=8)
+    axes.bar_label(bars, labels, padding=6, fontsize=8)
     axes.set_title(f"{suite['suite']}: {suite['title']}", loc="left", fontsize=10, fontweight="bold")
     better = "more" if metric in ("images_per_second", "test_accuracy") else "less"
     axes.set_xlabel(f"{metric.replace('_', ' ')} ({better} is better)", fontsize=9)
