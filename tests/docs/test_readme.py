@@ -135,36 +135,72 @@ def test_a_spanish_page_has_a_decimal_comma_in_its_prose(page):
     assert not re.findall(r"\b\d{1,3},000\b", prose)
 
 
+def figures_of(folder: str, *words: str) -> list[dict]:
+    """The metrics of the suites of docs/`folder` whose titles contain these words."""
+    suites = json.loads((ROOT / "docs" / folder / "benchmark.json").read_text())["suites"]
+    return [next(suite["figures"] for suite in suites if word in suite["title"]) for word in words]
+
+
+def medians(metrics: dict, name: str, *baselines: str, digits: str = "#.3g") -> list[str]:
+    return [f"{statistics.median(metrics[baseline][name]):{digits}}".rstrip(".") for baseline in baselines]
+
+
+def rows_after(place: str) -> list[list[str]]:
+    """The numbers of seconds and percent in each row of the first table of measurements after this text of the README."""
+    header = "| measurement | this project | alternatives |\n| --- | --- | --- |\n"
+    rows = README.partition(place)[2].partition(header)[2].partition("\n\n")[0].splitlines()
+    return [re.findall(r"\b(\d+\.?\d*)(?= ?(?:s\b|%))", row.split(" | ", 1)[1]) for row in rows]
+
+
 def test_the_measurements_in_readme_are_those_of_the_benchmark():
-    suites = json.loads((ROOT / "docs" / "benchmark" / "benchmark.json").read_text())["suites"]
-    by_title = {suite["title"]: suite["figures"] for suite in suites}
-    small, large, growth, step, accuracy = (
-        next(metrics for title, metrics in by_title.items() if word in title)
-        for word in ("original images", "12-megapixel", "growing", "training steps", "96.49")
+    job, accuracy, inference, step, small, large, growth = figures_of(
+        "benchmark",
+        "whole jobs",
+        "96.49",
+        "features by",
+        "training steps",
+        "original images",
+        "12-megapixel",
+        "growing",
     )
-
-    def medians(metrics: dict, name: str, *baselines: str) -> list[str]:
-        return [f"{statistics.median(metrics[baseline][name]):#.3g}" for baseline in baselines]
-
     pipelines = ("trainer pipeline", "image_dataset_from_directory", "ImageDataGenerator", "plain decode")
+    recipes = [
+        [f"{100 * metrics['best_val_accuracy'][0]:.1f}", f"{metrics['seconds'][0]:.0f}"]
+        for metrics in accuracy.values()
+    ]
+    networks = [
+        f"{name}, float32, 32 images at a time"
+        for name in ("trainer folded", "Keras predict", "onnxruntime", "openvino")
+    ]
+    steps = [
+        f"{name}, float32"
+        for name in ("trainer loop", "Keras fit", "PyTorch of transformers", "PyTorch of transformers, compiled")
+    ]
+    assert rows_after("## Cost and benchmark") == [
+        medians(job, "cpu_seconds", "trainer job", "earlier job"),
+        medians(job, "cpu_seconds", "trainer job, features in the cache", "earlier job, features in the cache"),
+        recipes[0] + recipes[1],
+        medians(inference, "cpu_seconds_per_1000", *networks),
+        medians(step, "cpu_seconds_per_1000", *steps),
+        medians(small, "cpu_seconds_per_1000", *pipelines),
+        medians(large, "cpu_seconds_per_1000", *pipelines),
+        medians(growth, "list_and_split_seconds", "100,000 images"),
+    ]
+    memory = medians(job, "peak_mib", "trainer job", "earlier job", digits=",.0f")
+    assert "peak memory was {} MiB, that of the earlier version {} MiB".format(*memory) in README
+
+
+def test_the_measurements_of_the_intel_machine_in_readme_are_those_of_its_benchmark():
+    accuracy, step = figures_of("benchmark/intel_amx", "96.49", "training steps")
     ours, articles = accuracy
-    torch = next(name for name in step if name.startswith("PyTorch"))
-    expected = [
+    assert rows_after("an Intel Xeon with AMX, an earlier") == [
         [
             *medians(accuracy, "seconds_to_goal", ours),
             f"{100 * accuracy[articles]['best_val_accuracy'][0]:#.3g}",
             *medians(accuracy, "seconds_to_goal", articles),
         ],
-        medians(step, "cpu_seconds_per_1000", "trainer loop, float32", "Keras fit, float32", torch),
         medians(step, "cpu_seconds_per_1000", "trainer loop, mixed_bfloat16", "Keras fit, mixed_bfloat16"),
-        medians(small, "cpu_seconds_per_1000", *pipelines),
-        medians(large, "cpu_seconds_per_1000", *pipelines),
-        medians(growth, "list_and_split_seconds", "100,000 images"),
     ]
-    header = "| measurement | this project | alternatives |\n| --- | --- | --- |\n"
-    rows = README.partition(header)[2].partition("\n\n")[0].splitlines()
-    measured = [re.findall(r"\b(\d+\.?\d*)(?= ?(?:s|img/s|%))", row.split(" | ", 1)[1]) for row in rows]
-    assert measured == [[number.rstrip(".") for number in row] for row in expected]
 
 
 def test_the_recipes_in_readme_are_those_that_were_measured():
