@@ -41,7 +41,7 @@ def test_a_command_that_hangs_is_killed_with_its_children_and_later_not_run_agai
     started = time.monotonic()
     for epoch in range(epoch_command.MAX_TIMEOUTS + 2):
         run({**ROW, "epoch": epoch})
-    assert time.monotonic() - started < 50
+    assert time.monotonic() - started < 10
     assert caplog.text.count("timeout: killed after 0.3 s") == epoch_command.MAX_TIMEOUTS
     assert "epoch 2: timeout: killed after 0.3 s; it is not run again." in caplog.text
     children = (tmp_path / "children").read_text().split()
@@ -61,5 +61,5 @@ def _is_running(process_id: str) -> bool:
 
 def test_a_process_left_in_the_background_does_not_delay_the_job(tmp_path):
     started = time.monotonic()
-    epoch_command.make_runner("sleep 20 & exit 0", "job")(ROW)
-    assert time.monotonic() - started < 15
+    epoch_command.make_runner("sleep 5 & exit 0", "job")(ROW)
+    assert time.monotonic() - started < 4
