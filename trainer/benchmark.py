@@ -107,6 +107,11 @@ def _check_flags(arguments: list[str], suites: list[str]) -> None:
     for size in flags.FLAGS.recipe_sizes:
         if size != "all" and not (size.isdigit() and int(size) >= 5):
             raise UserError(f"--recipe_sizes has {size!r}: pass comma-separated integers of 5 or more, or all.")
+    earlier = flags.FLAGS.earlier_checkout
+    if earlier and not os.path.isfile(os.path.join(earlier, "trainer", "task.py")):
+        raise UserError(
+            f"--earlier_checkout={earlier} has no trainer/task.py: pass the folder of a checkout of this project."
+        )
     if "bucket" in suites:
         cli.require("data_dir", "bucket_dir", "packed_dir")
     sizes = flags.FLAGS.growth_sizes

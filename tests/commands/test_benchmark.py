@@ -48,6 +48,10 @@ def test_the_command_writes_results_and_keeps_earlier_suites(tmp_path):
         ("--suite=speed", "'speed' is not a suite: pass --suite with one or more of accuracy,job,step,"),
         ("--growth_sizes=20,few", "--growth_sizes is '20,few': pass comma-separated integers of 20 or more."),
         ("--suite=bucket", "--data_dir is not set"),
+        (
+            "--earlier_checkout=nowhere",
+            "--earlier_checkout=nowhere has no trainer/task.py: pass the folder of a checkout",
+        ),
     ],
 )
 def test_a_wrong_flag_is_a_user_error(flag, message):

@@ -153,9 +153,8 @@ def accuracy_suite(
         process = TimedProcess(command, limit_seconds=budget)
         metrics = _follow_epochs(process, r"val_accuracy=(?P<accuracy>\S+)")
         metrics["seconds"] = process.wait(0, -signal.SIGKILL)
-        if (
-            metrics["seconds"] >= budget
-        ):  # it was killed, and counts with the time that it had: the ratio is a lower bound
+        was_killed = metrics["seconds"] >= budget
+        if was_killed:  # it counts with the time that it had; the ratio is then a lower bound
             metrics["seconds_to_goal"] = min(metrics["seconds_to_goal"], metrics["seconds"])
         return metrics
 
