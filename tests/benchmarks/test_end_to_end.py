@@ -1,5 +1,6 @@
 """Suites `accuracy` and `resume` on a small network, and the child processes of all suites."""
 
+import math
 import re
 import signal
 import sys
@@ -29,6 +30,15 @@ def test_accuracy_stops_the_article_recipe_at_its_budget(images, tmp_path):
     assert article["seconds"][0] < default["seconds"][0]
 
 
+@pytest.mark.parametrize(
+    ("seconds_to_goal", "seconds", "expected"),
+    [(40.0, 90.0, 40.0), (40.0, 100.5, 40.0), (math.inf, 100.5, 100.5), (math.inf, 90.0, math.inf)],
+)
+def test_only_a_recipe_that_was_killed_counts_with_its_time(seconds_to_goal, seconds, expected):
+    metrics = {"seconds_to_goal": seconds_to_goal, "best_val_accuracy": 0.6, "seconds": seconds}
+    assert end_to_end.within_budget(metrics, 100.0) == {**metrics, "seconds_to_goal": expected}
+
+
 @pytest.mark.slow
 def test_a_job_is_measured_with_and_without_features_in_the_cache(images, tmp_path):
     task = (*TINY_TASK, "--head_epochs=0", "--epochs=1", "--learning_rate=1e-3")
@@ -48,6 +58,10 @@ def test_an_earlier_version_does_the_same_jobs(images, tmp_path):
     assert names == [
         "trainer job", "trainer job, features in the cache", "earlier job", "earlier job, features in the cache"
     ]  # fmt: skip
+    calls = [baseline.measure for baseline in suite.baselines]
+    assert [call.args[1] for call in calls] == [None, None, *[str(tmp_path / "earlier")] * 2]  # where they run
+    removed = [[path.rpartition("/")[2] for path in call.keywords["removed"]] for call in calls]
+    assert removed == [["job-0", "cache-0"], ["job-0"], ["job-1", "cache-1"], ["job-1"]]
     assert [target.numerator for target in suite.targets] == names[2:]
     assert [target.denominator for target in suite.targets] == names[:2]
 

@@ -46,7 +46,7 @@ def test_the_table_has_median_minimum_and_maximum(measured):
 def test_markdown_lists_machine_note_and_targets(measured):
     machine = results.machine()
     text = results.markdown({"machine": machine, "note": "On a shared machine.", "suites": [measured]})
-    assert f"{machine['processor']}, {machine['cores']} core" in text
+    assert f"{machine['processor']}, {machine['cores']} core{'s' if machine['cores'] > 1 else ''}, load" in text
     assert "On a shared machine." in text
     assert "| g / f | at least 2 | 2.00 | met |" in text
     assert "| g / f | at most 1.9 | 2.00 | missed |" in text
